@@ -1,0 +1,211 @@
+"""References in plain torch, in the dtype they are given: float64 inputs give the truth that tests measure against.
+
+Slow and memory-hungry on purpose: every step is written as its definition reads. Shapes as in `sparsify.ops`:
+q [B, H, q_len, D], k [B, Hkv, kv_len, D], v [B, Hkv, kv_len, Dv], key_mask bool [B or 1, kv_len].
+
+Source: split summaries and the rule on row peaks are this project's own (ARCHITECTURE.md, "selection"); the second
+cumulant with freezing is the random-energy estimate of a mean of exponentials (Derrida 1981).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsify.kernels.blocks import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    TILE,
+    KeptLists,
+    SplitSummaries,
+    allowed_blocks,
+    boundary_blocks,
+    capacity,
+    count_blocks,
+    forced_blocks,
+)
+
+
+def visible(q_len: int, kv_len: int, causal_offset: int | None, key_mask: Tensor | None,
+            device: torch.device) -> Tensor:
+    """Which query may see which key: bool [B or 1, 1, q_len, kv_len]."""
+    keys = torch.arange(kv_len, device=device)
+    seen = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=device)
+    if causal_offset is not None:
+        seen = seen & (keys <= torch.arange(q_len, device=device)[:, None] + causal_offset)
+    if key_mask is not None:
+        seen = seen & key_mask[:, None, None]
+    return seen
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal_offset: int | None = None,
+              key_mask: Tensor | None = None, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the visible keys of the kept blocks.
+
+    `kept` is bool [B, H, query blocks, key blocks], None for all. Returns out [B, H, q_len, Dv] and the natural log of
+    every row's sum [B, H, q_len]. A row that sees no key gives zeros and -inf.
+    """
+    seen = visible(q.shape[2], k.shape[2], causal_offset, key_mask, q.device)
+    if kept is not None:
+        rows = kept.repeat_interleave(QUERY_BLOCK, 2)[:, :, : q.shape[2]]
+        seen = seen & rows.repeat_interleave(KEY_BLOCK, 3)[..., : k.shape[2]]
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * scale
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse[..., None]).masked_fill(~seen, 0.0)
+    return weights @ v.repeat_interleave(group, 1), lse
+
+
+def summarise_keys(k: Tensor, singles: int, key_mask: Tensor | None = None) -> SplitSummaries:
+    """Split summaries of every key block, see `SplitSummaries`; distances in float32 or better."""
+    batch, heads, kv_len, dim = k.shape
+    blocks = count_blocks(kv_len, KEY_BLOCK)
+    pad = blocks * KEY_BLOCK - kv_len
+    shown = torch.ones(1, kv_len, dtype=torch.bool, device=k.device) if key_mask is None else key_mask
+    shown = torch.nn.functional.pad(shown, (0, pad)).view(-1, 1, blocks, KEY_BLOCK)
+    wide = k.to(torch.promote_types(k.dtype, torch.float32))
+    keys = torch.nn.functional.pad(wide, (0, 0, 0, pad)).view(batch, heads, blocks, KEY_BLOCK, dim)
+    keys = keys.masked_fill(~shown[..., None], 0.0)
+    count = shown.sum(-1)  # [Bm, 1, blocks]
+
+    mean = keys.sum(3) / count.clamp(min=1)[..., None]
+    distance = (keys - mean[:, :, :, None]).square().sum(-1).masked_fill(~shown, -1.0)
+    farthest = distance.topk(singles, -1).indices
+    single_keys = keys.gather(3, farthest[..., None].expand(*farthest.shape, dim))
+    single = torch.zeros_like(distance, dtype=torch.bool).scatter(3, farthest, True) & shown
+    rest = (shown & ~single)[..., None]
+    rest_count = (count - singles).clamp(min=0)
+    many = rest_count.clamp(min=1)[..., None]
+    rest_mean = (keys * rest).sum(3) / many
+    variance = ((keys - rest_mean[:, :, :, None]).square() * rest).sum(3) / many
+    return SplitSummaries(
+        singles=single_keys.permute(0, 1, 3, 2, 4).to(k.dtype),
+        mean=rest_mean.to(k.dtype),
+        variance=variance.to(k.dtype),
+        single_count=count.clamp(max=singles)[:, 0].int(),
+        rest_count=rest_count[:, 0].int(),
+    )
+
+
+def frozen_log_mean_exp(variance: Tensor, log_count: Tensor) -> Tensor:
+    """log of the mean of exp over n Gaussian scores of this variance around their mean.
+
+    The second cumulant while it can be true, variance / 2; beyond variance = 2 log n one of the n scores dominates.
+    """
+    return torch.where(variance < 2 * log_count, variance / 2,
+                       (2 * log_count * variance).clamp(min=0).sqrt() - log_count)
+
+
+def block_scores(q: Tensor, summaries: SplitSummaries, scale: float) -> Tensor:
+    """Estimated log mass of every key block for every row, causality aside: [B, H, q_len, key blocks]."""
+    group = q.shape[1] // summaries.mean.shape[1]
+    q = q * scale
+    singles, mean, variance = (x.repeat_interleave(group, 1).to(q.dtype)
+                               for x in (summaries.singles, summaries.mean, summaries.variance))
+    m = singles.shape[2]
+    single = torch.einsum("bhqd,bhmnd->bhqnm", q, singles)
+    real = torch.arange(m, device=q.device) < summaries.single_count[..., None]  # [Bm, blocks, m]
+    single = single.masked_fill(~real[:, None, None], -torch.inf).logsumexp(-1)
+    log_count = summaries.rest_count.to(q.dtype).log()[:, None, None]  # -inf where there is no rest
+    spread = q.square() @ variance.transpose(-1, -2)
+    rest = q @ mean.transpose(-1, -2) + log_count + frozen_log_mean_exp(spread, log_count.clamp(min=0))
+    return torch.logaddexp(single, rest)
+
+
+def estimated_shares(q: Tensor, k: Tensor, *, singles: int, scale: float, causal_offset: int | None = None,
+                     key_mask: Tensor | None = None) -> Tensor:
+    """Every row's estimated share of attention per key block, boundary blocks exact: [B, H, q_len, key blocks]."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    mass = block_scores(q, summarise_keys(k, singles, key_mask), scale)
+    exact = _exact_block_mass(q, k, scale, causal_offset, key_mask)
+    boundary = boundary_blocks(q_len, kv_len, causal_offset, q.device)
+    boundary = boundary.repeat_interleave(QUERY_BLOCK, 0)[:q_len]
+    mass = torch.where(boundary, exact, mass)
+    allowed = allowed_blocks(q_len, kv_len, causal_offset, key_mask, q.device)
+    allowed = allowed.repeat_interleave(QUERY_BLOCK, 1)[:, None, :q_len]
+    mass = mass.masked_fill(~allowed, -torch.inf)
+    total = mass.logsumexp(-1, keepdim=True)
+    return torch.exp(mass - total).nan_to_num(0.0)  # a row that sees nothing: -inf - -inf
+
+
+def true_shares(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None = None,
+                key_mask: Tensor | None = None) -> Tensor:
+    """Every row's true share of attention per key block: [B, H, q_len, key blocks]."""
+    mass = _exact_block_mass(q, k, scale, causal_offset, key_mask)
+    return torch.exp(mass - mass.logsumexp(-1, keepdim=True)).nan_to_num(0.0)
+
+
+def peaks(shares: Tensor) -> Tensor:
+    """Largest share that any row of a query block gives a key block: [B, H, query blocks, key blocks]."""
+    q_len = shares.shape[2]
+    pad = count_blocks(q_len, QUERY_BLOCK) * QUERY_BLOCK - q_len
+    padded = torch.nn.functional.pad(shares, (0, 0, 0, pad))
+    return padded.unflatten(2, (-1, QUERY_BLOCK)).amax(3)
+
+
+def keep(peaks: Tensor, *, q_len: int, kv_len: int, tolerance: float, max_density: float, sinks: int, local: int,
+         causal_offset: int | None = None, key_mask: Tensor | None = None) -> Tensor:
+    """The rule: bool, shaped as `peaks`. Before lists are evened out."""
+    allowed = allowed_blocks(q_len, kv_len, causal_offset, key_mask, peaks.device)
+    boundary = boundary_blocks(q_len, kv_len, causal_offset, peaks.device)
+    forced = forced_blocks(allowed, boundary, sinks, local)[:, None]
+    allowed = allowed[:, None].expand_as(peaks)
+    kept = allowed & (forced | (peaks >= tolerance))
+    nearly_all = kept.sum(-1, keepdim=True) > max_density * allowed.sum(-1, keepdim=True)
+    return kept | (allowed & nearly_all)
+
+
+def pack(kept: Tensor, peaks: Tensor, allowed: Tensor) -> KeptLists:
+    """Kept blocks as lists, evened out, see `KeptLists`. `allowed` is bool [B or 1, query blocks, key blocks]."""
+    blocks = kept.shape[-1]
+    odd = kept.sum(-1, keepdim=True) % TILE == 1
+    # Highest peak, then highest id: a later block wins a tie because `argmax` of the flipped row finds it first.
+    spare = torch.where(allowed[:, None] & ~kept, peaks, -1.0)
+    best = blocks - 1 - spare.flip(-1).argmax(-1, keepdim=True)
+    has_spare = (spare >= 0).any(-1, keepdim=True)
+    chosen = torch.zeros_like(kept).scatter(-1, best, True) & odd & has_spare
+    kept = kept | chosen
+    count = kept.sum(-1)
+    padding = torch.where(count == 0, TILE, count % TILE)
+
+    room = capacity(blocks)
+    ids = torch.arange(blocks, device=kept.device).expand_as(kept)
+    order = torch.where(kept, ids, blocks + ids).argsort(dim=-1, stable=True)
+    lists = torch.zeros(*kept.shape[:-1], room, dtype=torch.int32, device=kept.device)
+    lists[..., :blocks] = ids.gather(-1, order).int()
+    entry = torch.arange(room, device=kept.device)
+    past = entry - count[..., None]
+    lists = torch.where(past >= 0, torch.where(past < padding[..., None], blocks + past, 0).int(), lists)
+    return KeptLists(lists.contiguous(), (count + padding).int().contiguous())
+
+
+def unpack(lists: KeptLists, key_blocks: int) -> Tensor:
+    """Kept lists as a bool mask [B, H, query blocks, key blocks]; padding ids are gone."""
+    entry = torch.arange(lists.kept.shape[-1], device=lists.kept.device)
+    ids = torch.where(entry < lists.counts[..., None], lists.kept, key_blocks).long().clamp(max=key_blocks)
+    mask = torch.zeros(*lists.counts.shape, key_blocks + 1, dtype=torch.bool, device=lists.kept.device)
+    return mask.scatter(-1, ids, True)[..., :key_blocks]
+
+
+def select_blocks(q: Tensor, k: Tensor, *, scale: float, tolerance: float, max_density: float, sinks: int, local: int,
+                  singles: int, causal_offset: int | None = None, key_mask: Tensor | None = None) -> KeptLists:
+    """Selection by its definition: estimated shares, peaks, the rule, lists."""
+    shares = estimated_shares(q, k, singles=singles, scale=scale, causal_offset=causal_offset, key_mask=key_mask)
+    estimate = peaks(shares)
+    sizes = {"q_len": q.shape[2], "kv_len": k.shape[2]}
+    kept = keep(estimate, **sizes, tolerance=tolerance, max_density=max_density, sinks=sinks, local=local,
+                causal_offset=causal_offset, key_mask=key_mask)
+    allowed = allowed_blocks(*sizes.values(), causal_offset, key_mask, q.device)
+    return pack(kept, estimate, allowed)
+
+
+def _exact_block_mass(q: Tensor, k: Tensor, scale: float, causal_offset: int | None,
+                      key_mask: Tensor | None) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * scale
+    seen = visible(q.shape[2], k.shape[2], causal_offset, key_mask, q.device)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    pad = count_blocks(k.shape[2], KEY_BLOCK) * KEY_BLOCK - k.shape[2]
+    scores = torch.nn.functional.pad(scores, (0, pad), value=-math.inf)
+    return scores.unflatten(-1, (-1, KEY_BLOCK)).logsumexp(-1)
