@@ -1,0 +1,155 @@
+"""Block-sparse attention forward in plain Triton: every call, on any GPU. hopper.py is faster where it applies.
+
+    q         [B, H, L, D]      fp16, bf16 or fp32; any strides; D and Dv from 1 to 256, padded inside
+    k, v      [B, Hkv, S, D], [B, Hkv, S, Dv]     as q; query head h reads KV head h // (H // Hkv)
+    kept      [B, H, blocks of 128 rows, capacity]  int32 lists of 64-key blocks, see `KeptLists`
+    counts    [B, H, blocks of 128 rows]            int32
+    key_mask  [B or 1, S]       bool, True where the key may be attended, or None
+    out       [B, H, L, Dv]     in the dtype of q, in memory [B, L, H, Dv]
+    lse       [B, H, L]         float32, natural log of the row's sum; a row that sees no key: zeros and -inf
+    key j is visible to query i when j <= i + causal_offset (None: always)
+    errors    none here: the op (sparsify/ops) checks shapes and dtypes
+
+The blocks that need a mask (the diagonal, a ragged end, padding ids) are the last entries of a list: the main loop has
+no mask. With a key mask every block is masked.
+
+Source: FlashAttention-2 (arXiv 2307.08691) over a list of blocks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _attend_block(q, k, v, key_mask, weighted, peak, total, key_block, last_key, S, stride_ks, stride_kd, stride_vs,
+                  stride_vd, stride_mask, scale_log2, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                  D_PAD: tl.constexpr, DV_PAD: tl.constexpr, MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
+    """One step of the online softmax: the 64 keys of `key_block`."""
+    keys = key_block * BLOCK + tl.arange(0, BLOCK)
+    dims = tl.arange(0, D_PAD)
+    value_dims = tl.arange(0, DV_PAD)
+    k_at = k + keys.to(tl.int64)[None, :] * stride_ks + dims[:, None] * stride_kd
+    v_at = v + keys.to(tl.int64)[:, None] * stride_vs + value_dims[None, :] * stride_vd
+    if MASKED:
+        inside = keys < S
+        key_tile = tl.load(k_at, inside[None, :] & (dims < D)[:, None], other=0.0)
+    elif D_PAD != D:
+        key_tile = tl.load(k_at, (dims < D)[:, None], other=0.0)
+    else:
+        key_tile = tl.load(k_at)
+    scores = tl.dot(q, key_tile, input_precision="ieee") * scale_log2
+    if MASKED:
+        visible = keys[None, :] <= last_key[:, None]
+        if HAS_KEY_MASK:
+            visible &= (tl.load(key_mask + keys * stride_mask, inside, other=0) != 0)[None, :]
+        scores = tl.where(visible, scores, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    shrink = tl.exp2(peak - new_peak)
+    weights = tl.exp2(scores - new_peak[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    if MASKED:
+        value_tile = tl.load(v_at, inside[:, None] & (value_dims < DV)[None, :], other=0.0)
+    elif DV_PAD != DV:
+        value_tile = tl.load(v_at, (value_dims < DV)[None, :], other=0.0)
+    else:
+        value_tile = tl.load(v_at)
+    weighted = tl.dot(weights.to(value_tile.dtype), value_tile, weighted * shrink[:, None], input_precision="ieee")
+    return weighted, new_peak, total
+
+
+@triton.jit(do_not_specialize=["list_capacity", "query_blocks", "H", "GROUP", "L", "S", "offset"])
+def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
+                            stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+                            stride_vb, stride_vh, stride_vs, stride_vd, stride_mask_batch, stride_mask,
+                            list_capacity, query_blocks, H, GROUP, L, S, offset, scale_log2,
+                            ROWS: tl.constexpr, QUERY_BLOCK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+                            DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
+    # Late query blocks of a causal head are the heavy ones: first.
+    parts = query_blocks * (QUERY_BLOCK // ROWS)
+    head_row = tl.program_id(0) // parts
+    part = parts - 1 - tl.program_id(0) % parts
+    batch, head = head_row // H, head_row % H
+    first_row = part * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    dims = tl.arange(0, D_PAD)
+    value_dims = tl.arange(0, DV_PAD)
+    # int64: a batch of long sequences passes 2**31 elements.
+    q += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    k += batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
+    v += batch.to(tl.int64) * stride_vb + (head // GROUP).to(tl.int64) * stride_vh
+    key_mask += batch.to(tl.int64) * stride_mask_batch
+    row_inside = rows < L
+    query = tl.load(q + rows.to(tl.int64)[:, None] * stride_qs + dims[None, :] * stride_qd,
+                    row_inside[:, None] & (dims < D)[None, :], other=0.0)
+
+    last_key = tl.minimum(rows + offset, S - 1)
+    block_row = head_row * query_blocks + first_row // QUERY_BLOCK
+    key_blocks = kept + block_row.to(tl.int64) * list_capacity
+    count = tl.load(counts + block_row)
+    # At most the last four entries need a mask: three blocks under the diagonal of 128 rows, and a padding id.
+    entries = count - 1 - tl.arange(0, 4)
+    ends = tl.load(key_blocks + entries, entries >= 0, other=0) * BLOCK + BLOCK - 1
+    seen_whole = tl.minimum(first_row + offset, S - 1)
+    tail = tl.sum(((ends > seen_whole) & (entries >= 0)).to(tl.int32), 0)
+    unmasked = count - tail
+    if HAS_KEY_MASK:
+        unmasked = count * 0
+
+    # The floor keeps a row finite that sees no key: its weights are exp2(-inf) = 0.
+    peak = tl.full([ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS, DV_PAD], tl.float32)
+    for entry in tl.range(0, unmasked):
+        weighted, peak, total = _attend_block(
+            query, k, v, key_mask, weighted, peak, total, tl.load(key_blocks + entry), last_key, S, stride_ks,
+            stride_kd, stride_vs, stride_vd, stride_mask, scale_log2, BLOCK, D, DV, D_PAD, DV_PAD, False, HAS_KEY_MASK)
+    for entry in tl.range(unmasked, count):
+        weighted, peak, total = _attend_block(
+            query, k, v, key_mask, weighted, peak, total, tl.load(key_blocks + entry), last_key, S, stride_ks,
+            stride_kd, stride_vs, stride_vd, stride_mask, scale_log2, BLOCK, D, DV, D_PAD, DV_PAD, True, HAS_KEY_MASK)
+
+    weighted = weighted / tl.where(total > 0, total, 1.0)[:, None]
+    row_lse = (peak + tl.log2(total)) * 0.6931471805599453
+    out_at = out + ((batch.to(tl.int64) * L + rows[:, None]) * H + head) * DV + value_dims[None, :]
+    tl.store(out_at, weighted.to(out.dtype.element_ty), row_inside[:, None] & (value_dims < DV)[None, :])
+    tl.store(lse + head_row.to(tl.int64) * L + rows, row_lse, row_inside)
+
+
+def _configuration(widest: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows of a program, warps and stages for the wider of the padded head dims.
+
+    128 x 64 tiles on 4 warps spill a little and still were the fastest pointer version on an H100 (README.md); wider
+    heads and float32 take fewer rows so that tiles fit the 99 to 163 KiB of shared memory of other GPUs.
+    """
+    if itemsize == 4:
+        return (32, 4, 1) if widest > 128 else (64, 8, 1)
+    if widest > 128:
+        return 64, 4, 2
+    return QUERY_BLOCK, 4, 2
+
+
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
+                           causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Launch `_block_sparse_attention`; arguments as above."""
+    B, H, L, D = q.shape
+    Hkv, S = k.shape[1:3]
+    DV = v.shape[3]
+    out = torch.empty(B, L, H, DV, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, H, L, dtype=torch.float32, device=q.device)
+    query_blocks = counts.shape[2]
+    D_PAD, DV_PAD = max(16, triton.next_power_of_2(D)), max(16, triton.next_power_of_2(DV))
+    rows, warps, stages = _configuration(max(D_PAD, DV_PAD), q.element_size())
+    mask_strides = (0, 0) if key_mask is None else (key_mask.stride(0) * (len(key_mask) > 1), key_mask.stride(1))
+    _block_sparse_attention[(B * H * query_blocks * (QUERY_BLOCK // rows),)](
+        q, k, v, kept, counts, q if key_mask is None else key_mask, out, lse, *q.stride(), *k.stride(), *v.stride(),
+        *mask_strides, kept.shape[3], query_blocks, H, H // Hkv, L, S,
+        S if causal_offset is None else causal_offset,  # at an offset of S every row sees every key
+        scale * LOG2_E, ROWS=rows, QUERY_BLOCK=QUERY_BLOCK, BLOCK=KEY_BLOCK, D=D, DV=DV, D_PAD=D_PAD, DV_PAD=DV_PAD,
+        HAS_KEY_MASK=key_mask is not None, num_warps=warps, num_stages=stages)
+    return out.transpose(1, 2), lse
