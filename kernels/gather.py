@@ -52,8 +52,9 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
 def _as_blocks(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of x [kv_len, D] as [key blocks, KEY_BLOCK * D], zeros behind the end."""
     blocks = count_blocks(len(x), KEY_BLOCK)
-    copy = torch.zeros(blocks * KEY_BLOCK, x.shape[1], dtype=dtype)
+    copy = torch.empty(blocks * KEY_BLOCK, x.shape[1], dtype=dtype)
     copy[: len(x)] = x
+    copy[len(x):] = 0
     return copy.view(blocks, -1)
 
 

@@ -1,0 +1,1 @@
+"""sparsify: adaptive sparse attention for any PyTorch model, as a compiler pass."""

@@ -1,0 +1,113 @@
+"""The attention ops: `sparsify::block_sparse_attention`, `::adaptive_attention` and `::exact_attention`."""
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import ShapeError
+from sparsify.kernels import gather
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, allowed_blocks, capacity, count_blocks
+from sparsify.ops import counters
+from sparsify.ops.checks import check_inputs, check_tolerance
+from sparsify.ops.select import keep_lists
+
+
+@torch.library.custom_op("sparsify::block_sparse_attention", mutates_args=())
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, scale: float,
+                           causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the visible keys of the kept blocks.
+
+    Shapes and masks as in `sparsify.ops`; kept and counts as `select_blocks` returns them. Returns out
+    [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv], and lse float32 [B, H, q_len], the
+    natural log of every row's sum (-inf for a row that sees no key). Raises ShapeError, DeviceError.
+    Source: online softmax over blocks as in FlashAttention (arXiv 2205.14135).
+    """
+    check_inputs(q, k, v, key_mask)
+    rows, room = count_blocks(q.shape[2], QUERY_BLOCK), capacity(count_blocks(k.shape[2], KEY_BLOCK))
+    lists = (q.shape[0], q.shape[1], rows)
+    if tuple(counts.shape) != lists or tuple(kept.shape) != (*lists, room):
+        raise ShapeError(f"kept has shape {list(kept.shape)} and counts {list(counts.shape)}. For these q and k they "
+                         f"must be {[*lists, room]} and {list(lists)}: make them with select_blocks.")
+    out, lse = _attend_lists(q, k, v, kept, counts, scale, causal_offset, key_mask)
+    return out, lse.float()
+
+
+@block_sparse_attention.register_fake
+def _(q, k, v, kept, counts, scale, causal_offset, key_mask):
+    return _empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("sparsify::adaptive_attention", mutates_args=())
+def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset: int | None,
+                       key_mask: Tensor | None, tolerance: float, max_density: float, sinks: int, local: int,
+                       singles: int, site: int, version: int) -> Tensor:
+    """Attention that drops the key blocks to which no query of a query block gives `tolerance` of its attention.
+
+    Shapes and masks as in `sparsify.ops`, the budget as in `select_blocks`. `site` names the attention site to
+    `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls. Returns out
+    [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError.
+    """
+    check_inputs(q, k, v, key_mask)
+    check_tolerance(tolerance)
+    kept, counts = keep_lists(q, k, scale, causal_offset, key_mask, tolerance, max_density, sinks, local, singles)
+    if counters.is_counting():
+        allowed = allowed_blocks(q.shape[2], k.shape[2], causal_offset, key_mask, q.device)
+        counters.record(site, counts, allowed)
+    return _attend_lists(q, k, v, kept, counts, scale, causal_offset, key_mask)[0]
+
+
+@adaptive_attention.register_fake
+def _(q, k, v, scale, causal_offset, key_mask, tolerance, max_density, sinks, local, singles, site, version):
+    return _empty_out(q, v)
+
+
+@torch.library.custom_op("sparsify::exact_attention", mutates_args=())
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset: int | None,
+                    key_mask: Tensor | None, version: int) -> Tensor:
+    """Dense attention on torch's fastest kernel for these masks; exact, for the dense buckets.
+
+    Shapes and masks as in `sparsify.ops`; `version` as in `adaptive_attention`. Returns out [B, H, q_len, Dv] in the
+    dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError.
+    """
+    check_inputs(q, k, v, key_mask)
+    q_len, kv_len = q.shape[2], k.shape[2]
+    sees_all = causal_offset is None or causal_offset >= kv_len - 1
+    top_left = causal_offset == 0 and q_len == kv_len
+    mask = None
+    if key_mask is not None or not (sees_all or top_left):
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device)
+        if causal_offset is not None:
+            mask = mask.tril(causal_offset)
+        mask = mask[None, None] if key_mask is None else mask & key_mask[:, None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and not sees_all, scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    if mask is not None:  # kernels disagree about rows that see nothing: NaN, zeros or the mean of v
+        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return _lay_out(out)
+
+
+@exact_attention.register_fake
+def _(q, k, v, scale, causal_offset, key_mask, version):
+    return _empty_out(q, v)
+
+
+def _attend_lists(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, scale: float,
+                  causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    masks = {"causal_offset": causal_offset, "key_mask": key_mask}
+    if not q.is_cuda:
+        return gather.block_sparse_attention(q, k, v, kept, counts, scale=scale, **masks)
+    from sparsify.kernels import attend, hopper  # Triton: imported when a CUDA op runs, not before
+
+    kernel = attend if hopper.why_not(q, k, v, causal_offset, key_mask) else hopper
+    return kernel.block_sparse_attention(q, k, v, kept, counts, scale=scale, **masks)
+
+
+def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    batch, heads, q_len, _ = q.shape
+    return q.new_empty(batch, q_len, heads, v.shape[3]).transpose(1, 2)
+
+
+def _lay_out(out: Tensor) -> Tensor:
+    """`out` [B, H, q_len, Dv] as the fakes promise it: [B, q_len, H, Dv] in memory."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)

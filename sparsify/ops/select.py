@@ -1,0 +1,45 @@
+"""The op `sparsify::select_blocks`: which key blocks every query block keeps."""
+
+import torch
+from torch import Tensor
+
+from sparsify.kernels import estimate
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, capacity, count_blocks
+from sparsify.ops.checks import check_inputs, check_tolerance
+
+
+@torch.library.custom_op("sparsify::select_blocks", mutates_args=())
+def select_blocks(q: Tensor, k: Tensor, scale: float, causal_offset: int | None, key_mask: Tensor | None,
+                  tolerance: float, max_density: float, sinks: int, local: int,
+                  singles: int) -> tuple[Tensor, Tensor]:
+    """Keep every key block to which some query of the query block is estimated to give `tolerance` of its attention.
+
+    Shapes and masks as in `sparsify.ops`. tolerance and max_density are shares, 0 to 1; sinks and local are key blocks
+    that are always kept; singles is m, the keys that a split summary keeps single (see `sparsify.Budget`).
+    Returns kept int32 [B, H, query blocks, capacity] and counts int32 [B, H, query blocks], see `KeptLists`.
+    Raises ShapeError, DeviceError. Source: kernels/oracle.py defines the rule.
+    """
+    check_inputs(q, k, None, key_mask)
+    check_tolerance(tolerance)
+    return keep_lists(q, k, scale, causal_offset, key_mask, tolerance, max_density, sinks, local, singles)
+
+
+@select_blocks.register_fake
+def _(q, k, scale, causal_offset, key_mask, tolerance, max_density, sinks, local, singles):
+    batch, heads, q_len, _ = q.shape
+    rows = count_blocks(q_len, QUERY_BLOCK)
+    room = capacity(count_blocks(k.shape[2], KEY_BLOCK))
+    return q.new_empty(batch, heads, rows, room, dtype=torch.int32), q.new_empty(batch, heads, rows, dtype=torch.int32)
+
+
+def keep_lists(q: Tensor, k: Tensor, scale: float, causal_offset: int | None, key_mask: Tensor | None,
+               tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> tuple[Tensor, Tensor]:
+    """Select on the device of q, for the ops that need lists; the arguments are those of `select_blocks`."""
+    if q.is_cuda:
+        from sparsify.kernels import select as launcher  # Triton: imported when a CUDA op runs, not before
+    else:
+        launcher = estimate
+    return launcher.select_blocks(
+        q, k, scale=scale, causal_offset=causal_offset, key_mask=key_mask, tolerance=tolerance,
+        max_density=max_density, sinks=sinks, local=local, singles=singles,
+    )
