@@ -1,0 +1,86 @@
+"""Choose the budget of every site by its key length.
+
+Given   proven sites, the plan, and the symbols of the lengths that the user fixed a range for.
+Leaves  the graph untouched; each site with the bucket and budget that hold for every call of this graph. A comparison
+        made here becomes a guard: Dynamo then compiles one graph per bucket and picks it by the key length of a call.
+Never   compares where that would break a promise: not on unbacked lengths, not across a range of mark_dynamic(min, max).
+
+Order of decision: a static length; a length known to be in one bucket; a length that must not be compared: the most
+exact budget over its range; else compare, and so guard.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import (
+    StrictMinMaxConstraint,
+    free_unbacked_symbols,
+    statically_known_true,
+)
+
+from sparsify.passes.graph import shape
+from sparsify.passes.site import ChosenSite, ProvenSite, Refused
+from sparsify.plan import Bucket, Budget, Plan
+
+SELECTION_MIN_QUERIES = 2
+"""A single query reads every key once in dense attention, and once to select: nothing is won."""
+
+
+def choose_budgets(sites: Sequence[ProvenSite | Refused], plan: Plan,
+                   strict: frozenset[sympy.Symbol] = frozenset()) -> list[ChosenSite | Refused]:
+    """Give every site its budget. `strict`: see `strict_symbols`."""
+    plan = plan.merged()
+    chosen: list[ChosenSite | Refused] = []
+    for index, proven in enumerate(sites):
+        if isinstance(proven, Refused):
+            chosen.append(proven)
+            continue
+        site = proven.site
+        length = shape(site.key)[3 if site.key_transposed else 2]
+        buckets, how = _buckets_of(length, plan, strict)
+        bucket = min(buckets, key=lambda b: _exactness(b.budget_of(index)))
+        budget = bucket.budget_of(index)
+        if not budget.is_dense and statically_known_true(shape(site.query)[2] < SELECTION_MIN_QUERIES):
+            budget, how = Budget.dense(), "a single query: selecting keys would cost as much as reading them"
+        chosen.append(ChosenSite(site, proven.mask, bucket, budget, how))
+    return chosen
+
+
+def strict_symbols(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> frozenset[sympy.Symbol]:
+    """Symbols of the sizes for which mark_dynamic promised a range: a guard inside it is an error of the user's."""
+    context = TracingContext.try_get()
+    symbols: set[sympy.Symbol] = set()
+    if context is None:
+        return frozenset()
+    for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        known = context.tensor_to_context.get(x) if isinstance(x, torch.Tensor) else None
+        if known is None:
+            continue
+        for size, constraint in zip(shape(node), known.constraint_sizes, strict=True):
+            if isinstance(constraint, StrictMinMaxConstraint) and isinstance(size, torch.SymInt):
+                symbols |= size.node.expr.free_symbols
+    return frozenset(symbols)
+
+
+def _buckets_of(length: Any, plan: Plan, strict: frozenset[sympy.Symbol]) -> tuple[list[Bucket], str]:
+    """The buckets this length may be in, and how that is known."""
+    if isinstance(length, int):
+        return [plan.bucket_of(max(length, 1))], f"the key length is {length}"
+    possible = [b for b in plan.buckets if not (statically_known_true(length < b.lo)
+                                                or (b.hi is not None and statically_known_true(length >= b.hi)))]
+    if len(possible) == 1:
+        return possible, "known from the range of the key length"
+    if free_unbacked_symbols(length):
+        return possible, "the key length is unbacked: no guard, the most exact budget of its range"
+    if length.node.expr.free_symbols & strict:
+        return possible, "mark_dynamic fixes the range of the key length: no guard, the most exact budget of its range"
+    return [next(b for b in possible if b.hi is None or length < b.hi)], "guard on the key length"
+
+
+def _exactness(budget: Budget) -> tuple[float, float]:
+    """Sorts the most exact budget first."""
+    return (-1.0, 0.0) if budget.tolerance is None else (budget.tolerance, budget.max_density)

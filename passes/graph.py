@@ -1,0 +1,112 @@
+"""Reading and writing FX graphs: what more than one pass needs."""
+
+import operator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sparsify.passes.site import Origin
+
+aten = torch.ops.aten
+TORCH_ROOT = str(Path(torch.__file__).parent)
+
+
+def value(x: Any) -> Any:
+    """The fake value of a node; anything else is its own value."""
+    return x.meta["val"] if isinstance(x, fx.Node) else x
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """Sizes of a tensor node: ints and SymInts."""
+    return tuple(node.meta["val"].shape)
+
+
+def is_tensor(x: Any) -> bool:
+    """Whether `x` is a node that holds one tensor."""
+    return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal, without a guard."""
+    return statically_known_true(a == b)
+
+
+def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two shapes are known to be equal, without a guard."""
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a call to an ATen op by their names in its schema, defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    named = {a.name: a.default_value for a in schema if a.has_default_value()}
+    named.update(zip((a.name for a in schema), node.args, strict=False))
+    return {**named, **node.kwargs}
+
+
+def origin(node: fx.Node) -> Origin:
+    """Where the user wrote this node."""
+    frames = re.findall(r'File "(.+?)", line (\d+)', node.stack_trace or "")
+    outside = [frame for frame in frames if not frame[0].startswith(TORCH_ROOT)] or frames
+    line = f"{Path(outside[-1][0]).name}:{outside[-1][1]}" if outside else "unknown line"
+    modules = list((node.meta.get("nn_module_stack") or {}).values())
+    path = modules[-1][0] if modules else ""
+    return Origin(line, re.sub(r"^L\['self'\]\.?|^L\['(\w+)'\]", r"\1", path))
+
+
+def is_inert_dropout(node: fx.Node) -> bool:
+    """Whether this is a dropout that drops nothing."""
+    if node.target not in (aten.dropout.default, aten.dropout_.default):
+        return False
+    named = arguments(node)
+    return named["train"] is False or named["p"] == 0
+
+
+def storage_root(node: fx.Node) -> fx.Node:
+    """The node whose storage this one (perhaps) is a view of."""
+    while True:
+        if node.target is operator.getitem or is_inert_dropout(node):
+            bases = list(node.args[:1])
+        elif isinstance(node.target, OpOverload):
+            pairs = zip(node.target._schema.arguments, node.args, strict=False)
+            bases = [x for argument, x in pairs if argument.alias_info is not None]
+        else:
+            return node
+        if not bases or not isinstance(bases[0], fx.Node):
+            return node
+        node = bases[0]
+
+
+def mutations(graph: fx.Graph) -> Mapping[fx.Node, list[fx.Node]]:
+    """The nodes that write to a tensor in place, by the root of its storage."""
+    found: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            for written in _written(node):
+                found[storage_root(written)].append(node)
+    return found
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            yield from (x for x in (given if isinstance(given, list | tuple) else [given]) if isinstance(x, fx.Node))
+
+
+def emit(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """Append a call at the graph's insertion point, with the fake value that it has."""
+    node = graph.call_function(target, args, kwargs)
+    values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, torch._subclasses.FakeTensor)), None)
+    with torch.no_grad(), mode if mode is not None else torch.no_grad():
+        node.meta["val"] = target(*values[0], **values[1])
+    return node

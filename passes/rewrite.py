@@ -1,0 +1,145 @@
+"""Replace every chosen site by one op.
+
+Given   sites with their masks proven and budgets chosen.
+Leaves  the same graph: sparse buckets call adaptive_attention, dense ones exact_attention; what built the masks, the
+        scores and the repeated heads is gone; a record per site. The op's result stands where the old output stood,
+        with its dtype, and its strides wherever a user could see them.
+Never   touches a refused site, nor a dense one that is SDPA's own business: no mask tensor, nothing to gain.
+
+    softmax(q @ k^T * scale + mask) @ v   ->   sparsify.adaptive_attention(q, k, v, scale, causal_offset, key_mask, ...)
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify import ops
+from sparsify.passes.emit import key_mask, size_node
+from sparsify.passes.graph import (
+    aten,
+    emit,
+    is_inert_dropout,
+    mutations,
+    same_shape,
+    shape,
+    storage_root,
+    value,
+)
+from sparsify.passes.site import TRUE, AttentionSite, ChosenSite, MaskProof, Refused, Scale, SiteRecord
+
+STRIDE_BLIND = {aten.reshape.default, aten.contiguous.default, aten.linear.default, aten.matmul.default}
+RELAYOUTS = {aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default}
+
+
+def rewrite(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused]) -> list[SiteRecord]:
+    """Rewrite `gm` in place."""
+    key_masks: dict[Any, fx.Node] = {}  # layers share their mask
+    records = [_rewrite_site(index, site, key_masks) for index, site in enumerate(sites)]
+    _remove_dead_code(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return records
+
+
+def _rewrite_site(index: int, chosen: ChosenSite | Refused, key_masks: dict[Any, fx.Node]) -> SiteRecord:
+    if isinstance(chosen, Refused):
+        return SiteRecord(index, "refused", chosen.form, chosen.origin.line, chosen.origin.module, chosen.why,
+                          chosen.node)
+    site = chosen.site
+    if not chosen.budget.is_dense:
+        _replace(index, chosen, key_masks)
+        outcome, why = "sparse", chosen.how
+    elif site.form == "sdpa" and not site.masks:
+        outcome, why = "kept dense", f"{chosen.how}; scaled_dot_product_attention without a mask is exact and fast"
+    else:
+        _replace(index, chosen, key_masks)
+        outcome, why = "exact", chosen.how
+    return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why,  # type: ignore[arg-type]
+                      site.output.name, str(chosen.mask), str(chosen.bucket), str(chosen.budget))
+
+
+def _replace(index: int, chosen: ChosenSite, key_masks: dict[Any, fx.Node]) -> None:
+    site, budget, old = chosen.site, chosen.budget, chosen.site.output
+    graph = old.graph
+    offset = None if chosen.mask.causal_offset is None else size_node(chosen.mask.causal_offset, old)
+    visible_keys = _key_mask(site, chosen.mask, key_masks)
+    with graph.inserting_before(old):
+        query, key, cast_value = (_cast(graph, node, value(old).dtype) for node in (site.query, site.key, site.value))
+        if site.key_transposed:
+            key = emit(graph, aten.transpose.int, key, -2, -1)
+        attention = (query, key, cast_value, _scale(graph, site.scales), offset, visible_keys)
+        if budget.is_dense:
+            new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
+        else:
+            new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
+                       budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION)
+        new.meta = {**old.meta, "val": new.meta["val"]}
+        if not _same_strides(new, old) and _strides_matter(old):
+            new = emit(graph, aten.contiguous.default, new)
+            new.meta = {**old.meta, "val": new.meta["val"]}
+    old.replace_all_uses_with(new)
+
+
+def _key_mask(site: AttentionSite, mask: MaskProof, key_masks: dict[Any, fx.Node]) -> fx.Node | None:
+    if mask.visible_keys == TRUE:
+        return None
+    kv_len = shape(site.key)[3 if site.key_transposed else 2]
+    known = (mask.visible_keys, tuple(mask.leaves.values()), str(kv_len), value(site.query).device)
+    if known not in key_masks:
+        key_masks[known] = key_mask(mask.visible_keys, mask.leaves, kv_len, site.output)
+    return key_masks[known]
+
+
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The operand in the dtype attention ran in: autocast casts without a node."""
+    return node if value(node).dtype == dtype else emit(graph, aten.to.dtype, node, dtype)
+
+
+def _scale(graph: fx.Graph, scales: tuple[Scale, ...]) -> "float | fx.Node":
+    """All factors as one number, or one node where a factor is symbolic."""
+    result: float | fx.Node = 1.0
+    for scale in scales:
+        function = operator.truediv if scale.divides else operator.mul
+        if isinstance(result, fx.Node) or isinstance(scale.value, fx.Node):
+            plain = result == 1.0 and not scale.divides
+            result = scale.value if plain else emit(graph, function, result, scale.value)
+        else:
+            result = function(result, scale.value)
+    return result
+
+
+def _same_strides(new: fx.Node, old: fx.Node) -> bool:
+    return same_shape(tuple(value(new).stride()), tuple(value(old).stride()))
+
+
+def _strides_matter(node: fx.Node) -> bool:
+    """Whether a user of the output could tell its strides: a view that must fit, or a returned tensor."""
+    return any(_strides_matter(user) if user.target in RELAYOUTS else user.target not in STRIDE_BLIND
+               for user in node.users)
+
+
+def _remove_dead_code(graph: fx.Graph) -> None:
+    """Erase what nothing reads, in-place writes to tensors that nothing reads any more too."""
+
+    def is_needed(node: fx.Node) -> bool:
+        return node.is_impure() and not is_inert_dropout(node)
+
+    graph.eliminate_dead_code(is_needed)
+    while unread := _unread_storage(graph):
+        for node in reversed(unread):
+            graph.erase_node(node)
+        graph.eliminate_dead_code(is_needed)
+
+
+def _unread_storage(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of one storage that is made and written to in this graph but read by no node outside."""
+    for root in mutations(graph):
+        if root.op != "call_function":
+            continue
+        nodes = [node for node in graph.nodes if storage_root(node) is root]
+        if all(user in nodes for node in nodes for user in node.users):
+            return nodes
+    return []
