@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import ShapeError
-from sparsify.kernels import gather
+from sparsify.kernels import gather, native
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, allowed_blocks, capacity, count_blocks
 from sparsify.ops import counters
 from sparsify.ops.checks import check_inputs, check_tolerance
@@ -96,7 +96,8 @@ def _attend_lists(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor,
                   causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     masks = {"causal_offset": causal_offset, "key_mask": key_mask}
     if not q.is_cuda:
-        return gather.block_sparse_attention(q, k, v, kept, counts, scale=scale, **masks)
+        cpu = gather if native.why_not(q) else native
+        return cpu.block_sparse_attention(q, k, v, kept, counts, scale=scale, **masks)
     from sparsify.kernels import attend, hopper  # Triton: imported when a CUDA op runs, not before
 
     kernel = attend if hopper.why_not(q, k, v, causal_offset, key_mask) else hopper

@@ -1,10 +1,12 @@
 """The op `sparsify::select_blocks`: which key blocks every query block keeps."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sparsify.kernels import estimate
-from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, capacity, count_blocks
+from sparsify.kernels import estimate, native
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, capacity, count_blocks
 from sparsify.ops.checks import check_inputs, check_tolerance
 
 
@@ -35,11 +37,12 @@ def _(q, k, scale, causal_offset, key_mask, tolerance, max_density, sinks, local
 def keep_lists(q: Tensor, k: Tensor, scale: float, causal_offset: int | None, key_mask: Tensor | None,
                tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> tuple[Tensor, Tensor]:
     """Select on the device of q, for the ops that need lists; the arguments are those of `select_blocks`."""
-    if q.is_cuda:
-        from sparsify.kernels import select as launcher  # Triton: imported when a CUDA op runs, not before
-    else:
-        launcher = estimate
-    return launcher.select_blocks(
-        q, k, scale=scale, causal_offset=causal_offset, key_mask=key_mask, tolerance=tolerance,
-        max_density=max_density, sinks=sinks, local=local, singles=singles,
-    )
+    select = _select_cuda if q.is_cuda else estimate.select_blocks if native.why_not(q) else native.select_blocks
+    return select(q, k, scale=scale, causal_offset=causal_offset, key_mask=key_mask, tolerance=tolerance,
+                  max_density=max_density, sinks=sinks, local=local, singles=singles)
+
+
+def _select_cuda(*tensors: Tensor, **budget: Any) -> KeptLists:
+    from sparsify.kernels import select  # Triton: imported when a CUDA op runs, not before
+
+    return select.select_blocks(*tensors, **budget)

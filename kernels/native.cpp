@@ -1,0 +1,336 @@
+// Block-sparse attention and its selection on a CPU, in float32. Loaded by native.py, which holds the shapes.
+//
+// Query rows lie along the vector lanes: a query block is transposed once, then every product reads keys, values and
+// summaries in place as broadcast scalars (no packing, no copies), and softmax over keys is vertical arithmetic, with
+// no reduction across lanes. Work items are claimed from one atomic counter by as many threads as call in.
+//
+// Source: online softmax over blocks as in FlashAttention (arXiv 2205.14135); the register tile is the usual outer
+// product (Goto and van de Geijn, 2008); exp is Cephes' polynomial.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, COLUMNS = 4;  // 4 x 4 accumulators of the 32 registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, COLUMNS = 2;
+#else
+constexpr int LANES = 4, COLUMNS = 4;
+#endif
+constexpr int ROWS = 128;  // query block
+constexpr int KEYS = 64;   // key block
+constexpr int VECTORS = ROWS / LANES;
+constexpr int TALL = 4;    // rows of A per register tile
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(int32_t)), may_alias));
+
+struct Buffer {  // vectors on cache-line boundaries
+    vec* data;
+    explicit Buffer(int64_t count) : data((vec*)std::aligned_alloc(64, (count * sizeof(vec) + 63) / 64 * 64)) {}
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+    operator vec*() { return data; }
+};
+
+static inline vec splat(float x) { return x - vec{}; }
+static inline vec maximum(vec a, vec b) { return a > b ? a : b; }
+
+static inline vec exponential(vec x) {  // for x <= 0; 0 below -87, the smallest normal number; NaN stays NaN
+    vec z = x * 1.44269504088896341f;
+    vec shifted = z + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
+    vec n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    vec y = p * r * r + r + 1.0f;
+    ivec bits = (ivec)y + (((ivec)shifted - 0x4b400000) << 23);
+    return x < -87.0f ? vec{} : x == x ? (vec)bits : x;
+}
+
+// C[M][ROWS] = A[M][K] B[K][ROWS], or += with ADD; element (i, p) of A is a[i * row + p * column].
+template <bool ADD, int M>
+static inline void tile_product(const float* a, int64_t row, int64_t column, const vec* b, vec* c, int K) {
+    for (int first = 0; first < VECTORS; first += COLUMNS) {
+        vec sum[M][COLUMNS];
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < COLUMNS; j++) sum[i][j] = ADD ? c[i * VECTORS + first + j] : vec{};
+        const vec* from = b + first;
+        for (int p = 0; p < K; p++, from += VECTORS) {
+            vec columns[COLUMNS];
+#pragma GCC unroll 8
+            for (int j = 0; j < COLUMNS; j++) columns[j] = from[j];
+#pragma GCC unroll 8
+            for (int i = 0; i < M; i++) {
+                vec x = splat(a[i * row + p * column]);
+#pragma GCC unroll 8
+                for (int j = 0; j < COLUMNS; j++) sum[i][j] += x * columns[j];
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < COLUMNS; j++) c[i * VECTORS + first + j] = sum[i][j];
+    }
+}
+
+template <bool ADD>
+static void product(const float* a, int64_t row, int64_t column, const vec* b, vec* c, int M, int K) {
+    int i = 0;
+    for (; i + TALL <= M; i += TALL) tile_product<ADD, TALL>(a + i * row, row, column, b, c + i * VECTORS, K);
+    for (; i < M; i++) tile_product<ADD, 1>(a + i * row, row, column, b, c + i * VECTORS, K);
+}
+
+struct Tensor {  // [batch, heads, length, dim], the last dimension dense
+    float* data;
+    int64_t batch, head, row;  // strides
+    float* at(int64_t b, int64_t h, int64_t r) const { return data + b * batch + h * head + r * row; }
+};
+
+struct Problem {
+    Tensor q, k, v, out;
+    float* lse;          // [B, H, q_len]
+    float* vectors;      // [B, Hkv, key blocks, singles + 1, D]: the singles, then the mean of the rest
+    float* variance;     // [B, Hkv, key blocks, D]
+    int32_t* alone;      // [B, Hkv, key blocks]: singles that are real keys
+    int32_t* rest;       // [B, Hkv, key blocks]: keys behind the mean
+    float* peaks;        // [B, H, query blocks, key blocks]
+    const int32_t* kept;    // [B, H, query blocks, capacity]
+    const int32_t* counts;  // [B, H, query blocks]
+    const int64_t* order;   // work items, heaviest first; null: as they come
+    const uint8_t* shown;   // [B or 1, kv_len] or null
+    int64_t shown_batch;    // stride of shown, 0 for one row
+    int64_t heads, kv_heads, q_len, kv_len, dim, value_dim, capacity, singles, causal_offset, causal, items;
+    float scale;
+    std::atomic<int64_t> next;
+
+    int64_t query_blocks() const { return (q_len + ROWS - 1) / ROWS; }
+    int64_t key_blocks() const { return (kv_len + KEYS - 1) / KEYS; }
+    const uint8_t* shown_of(int64_t b) const { return shown ? shown + b * shown_batch : nullptr; }
+};
+
+// q of one query block as [dim][ROWS], scaled; rows past the end are zero.
+static void transpose_queries(const Problem& P, int64_t b, int64_t h, int64_t tile, vec* queries) {
+    float* to = (float*)queries;
+    int64_t rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
+    if (rows < ROWS) std::memset(to, 0, P.dim * ROWS * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) {
+        const float* from = P.q.at(b, h, tile * ROWS + r);
+        for (int64_t d = 0; d < P.dim; d++) to[d * ROWS + r] = from[d] * P.scale;
+    }
+}
+
+// Hide from `scores` [KEYS][ROWS] of key block j what the rows of query block `tile` may not see.
+static void hide(const Problem& P, const uint8_t* shown, int64_t tile, int64_t j, vec* scores) {
+    for (int key = 0; key < KEYS; key++) {
+        int64_t position = j * KEYS + key;
+        float* s = (float*)(scores + key * VECTORS);
+        int64_t from = 0;  // first row that sees the key
+        if (position >= P.kv_len || (shown && !shown[position])) from = ROWS;
+        else if (P.causal) from = std::min<int64_t>(ROWS, std::max<int64_t>(0, position - P.causal_offset - tile * ROWS));
+        for (int64_t r = 0; r < from; r++) s[r] = NONE;
+    }
+}
+
+static bool needs_hiding(const Problem& P, const uint8_t* shown, int64_t tile, int64_t j) {
+    return shown || (j + 1) * KEYS > P.kv_len || (P.causal && j * KEYS + KEYS - 1 > tile * ROWS + P.causal_offset);
+}
+
+static int64_t claim(Problem& P) {
+    int64_t i = P.next.fetch_add(1, std::memory_order_relaxed);
+    return i < P.items ? (P.order ? P.order[i] : i) : -1;
+}
+
+extern "C" void attend(Problem* problem) {
+    Problem& P = *problem;
+    Buffer queries(P.dim * VECTORS), scores(KEYS * VECTORS), mixed(P.value_dim * VECTORS);
+    int64_t tiles = P.query_blocks(), group = P.heads / P.kv_heads;
+    for (int64_t item; (item = claim(P)) >= 0;) {
+        int64_t tile = item % tiles, h = item / tiles % P.heads, b = item / tiles / P.heads, kv = h / group;
+        const int32_t* list = P.kept + item * P.capacity;
+        const uint8_t* shown = P.shown_of(b);
+        vec top[VECTORS], total[VECTORS];
+        for (int j = 0; j < VECTORS; j++) top[j] = splat(NONE), total[j] = vec{};
+        std::memset(mixed.data, 0, P.value_dim * VECTORS * sizeof(vec));
+        transpose_queries(P, b, h, tile, queries);
+        for (int32_t entry = 0; entry < P.counts[item]; entry++) {
+            int64_t block = list[entry], keys = std::min<int64_t>(KEYS, P.kv_len - block * KEYS);
+            if (keys <= 0) continue;  // the padding id
+            product<false>(P.k.at(b, kv, block * KEYS), P.k.row, 1, queries, scores, keys, P.dim);
+            if (needs_hiding(P, shown, tile, block)) hide(P, shown, tile, block, scores);
+            vec shift[VECTORS], keep[VECTORS];
+            for (int j = 0; j < VECTORS; j++) {
+                vec highest = top[j];
+                for (int key = 0; key < keys; key++) highest = maximum(highest, scores[key * VECTORS + j]);
+                // A row that has seen nothing yet keeps a finite shift, so that exp(-inf - shift) is 0 and not NaN.
+                shift[j] = maximum(highest, splat(-std::numeric_limits<float>::max()));
+                keep[j] = exponential(maximum(top[j], splat(-std::numeric_limits<float>::max())) - shift[j]);
+                top[j] = highest;
+                vec sum = total[j] * keep[j];
+                for (int key = 0; key < keys; key++) {
+                    vec& s = scores[key * VECTORS + j];
+                    s = exponential(s - shift[j]);
+                    sum += s;
+                }
+                total[j] = sum;
+            }
+            for (int64_t d = 0; d < P.value_dim; d++)
+                for (int j = 0; j < VECTORS; j++) mixed[d * VECTORS + j] *= keep[j];
+            product<true>(P.v.at(b, kv, block * KEYS), 1, P.v.row, scores, mixed, P.value_dim, keys);
+        }
+        int64_t rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
+        for (int64_t r = 0; r < rows; r++) {
+            float sum = ((float*)total)[r], *out = P.out.at(b, h, tile * ROWS + r);
+            float inverse = sum > 0 ? 1 / sum : 0;
+            for (int64_t d = 0; d < P.value_dim; d++) out[d] = ((float*)mixed.data)[d * ROWS + r] * inverse;
+            P.lse[(b * P.heads + h) * P.q_len + tile * ROWS + r] = sum > 0 ? ((float*)top)[r] + std::log(sum) : NONE;
+        }
+    }
+}
+
+extern "C" void summarise(Problem* problem) {
+    Problem& P = *problem;
+    int64_t blocks = P.key_blocks(), D = P.dim;
+    std::vector<float> mean(D), spread(D);
+    for (int64_t item; (item = claim(P)) >= 0;) {
+        int64_t block = item % blocks, h = item / blocks % P.kv_heads, b = item / blocks / P.kv_heads;
+        const uint8_t* shown = P.shown_of(b);
+        const float* keys[KEYS];
+        float distance[KEYS];
+        int count = 0;
+        for (int64_t i = block * KEYS; i < std::min<int64_t>(P.kv_len, (block + 1) * KEYS); i++)
+            if (!shown || shown[i]) keys[count++] = P.k.at(b, h, i);
+
+        auto average = [&](int n) {
+            std::fill(mean.begin(), mean.end(), 0.0f);
+            for (int i = 0; i < n; i++)
+                for (int64_t d = 0; d < D; d++) mean[d] += keys[i][d];
+            for (int64_t d = 0; d < D; d++) mean[d] /= std::max(n, 1);
+        };
+        average(count);
+        for (int i = 0; i < count; i++) {
+            vec sum = {};
+            int64_t d = 0;
+            for (; d + LANES <= D; d += LANES) {
+                vec x, m;
+                std::memcpy(&x, keys[i] + d, sizeof x), std::memcpy(&m, mean.data() + d, sizeof m);
+                sum += (x - m) * (x - m);
+            }
+            float all = 0;
+            for (int l = 0; l < LANES; l++) all += sum[l];
+            for (; d < D; d++) all += (keys[i][d] - mean[d]) * (keys[i][d] - mean[d]);
+            distance[i] = all;
+        }
+        float* vectors = P.vectors + item * (P.singles + 1) * D;
+        int alone = std::min<int64_t>(count, P.singles);
+        for (int s = 0; s < alone; s++) {  // the farthest moves to the end of what is left
+            int left = count - s, far = 0;
+            for (int i = 1; i < left; i++) far = distance[i] > distance[far] ? i : far;
+            std::memcpy(vectors + s * D, keys[far], D * sizeof(float));
+            std::swap(keys[far], keys[left - 1]), std::swap(distance[far], distance[left - 1]);
+        }
+        std::memset(vectors + alone * D, 0, (P.singles + 1 - alone) * D * sizeof(float));
+        int rest = count - alone;
+        average(rest);
+        std::fill(spread.begin(), spread.end(), 0.0f);
+        for (int i = 0; i < rest; i++)
+            for (int64_t d = 0; d < D; d++) spread[d] += (keys[i][d] - mean[d]) * (keys[i][d] - mean[d]);
+        for (int64_t d = 0; d < D; d++) {
+            vectors[P.singles * D + d] = mean[d];
+            P.variance[item * D + d] = spread[d] / std::max(rest, 1);
+        }
+        P.alone[item] = alone, P.rest[item] = rest;
+    }
+}
+
+extern "C" void estimate(Problem* problem) {
+    Problem& P = *problem;
+    int64_t tiles = P.query_blocks(), blocks = P.key_blocks(), D = P.dim, group = P.heads / P.kv_heads;
+    int64_t parts = P.singles + 1;
+    constexpr int CHUNK = 4;  // key blocks per step: their scores stay in the first-level cache
+    Buffer queries(D * VECTORS), squares(D * VECTORS), scores(std::max<int64_t>(CHUNK * parts, KEYS) * VECTORS);
+    Buffer spread(CHUNK * VECTORS), mass(blocks * VECTORS), reference(blocks * VECTORS);
+    for (int64_t item; (item = claim(P)) >= 0;) {
+        int64_t tile = item % tiles, h = item / tiles % P.heads, b = item / tiles / P.heads, kv = h / group;
+        const uint8_t* shown = P.shown_of(b);
+        int64_t rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
+        int64_t whole = blocks, upto = blocks;  // blocks that every row sees whole; that some row sees
+        if (P.causal) {
+            auto seen = [&](int64_t row) { return std::max<int64_t>(0, row + P.causal_offset + 1); };
+            whole = std::min(blocks, seen(tile * ROWS) / KEYS);
+            upto = std::min(blocks, (seen(tile * ROWS + rows - 1) + KEYS - 1) / KEYS);
+        }
+        transpose_queries(P, b, h, tile, queries);
+        for (int64_t i = 0; i < D * VECTORS; i++) squares[i] = queries[i] * queries[i];
+        vec top[VECTORS], total[VECTORS];
+        for (int j = 0; j < VECTORS; j++) top[j] = splat(-std::numeric_limits<float>::max()), total[j] = vec{};
+
+        // The sum of exp(score - top) over the `count` scores of a block; top may rise, earlier sums follow it.
+        auto add = [&](int64_t block, const vec* s, int count) {
+            for (int j = 0; j < VECTORS; j++) {
+                vec highest = top[j];
+                for (int i = 0; i < count; i++) highest = maximum(highest, s[i * VECTORS + j]);
+                vec sum = {};
+                for (int i = 0; i < count; i++) sum += exponential(s[i * VECTORS + j] - highest);
+                total[j] = total[j] * exponential(top[j] - highest) + sum;
+                top[j] = highest;
+                mass[block * VECTORS + j] = sum;
+                reference[block * VECTORS + j] = highest;
+            }
+        };
+        int64_t base = (b * P.kv_heads + kv) * blocks;
+        for (int64_t first = 0; first < whole; first += CHUNK) {
+            int64_t n = std::min<int64_t>(CHUNK, whole - first);
+            product<false>(P.vectors + (base + first) * parts * D, D, 1, queries, scores, n * parts, D);
+            product<false>(P.variance + (base + first) * D, D, 1, squares, spread, n, D);
+            for (int64_t i = 0; i < n; i++) {
+                int32_t alone = P.alone[base + first + i], rest = P.rest[base + first + i];
+                vec* s = scores.data + i * parts * VECTORS;
+                float log_count = rest ? std::log((float)rest) : 0;
+                for (int j = 0; j < VECTORS; j++) {
+                    vec variance = spread[i * VECTORS + j], root;
+                    for (int l = 0; l < LANES; l++) root[l] = __builtin_sqrtf(2 * log_count * variance[l]);
+                    vec bonus = variance < 2 * log_count ? variance * 0.5f : root - log_count;
+                    s[alone * VECTORS + j] = rest ? s[P.singles * VECTORS + j] + log_count + bonus : splat(NONE);
+                }
+                add(first + i, s, alone + 1);
+            }
+        }
+        for (int64_t block = whole; block < upto; block++) {  // the causal edge runs through these: exact
+            int64_t keys = std::min<int64_t>(KEYS, P.kv_len - block * KEYS);
+            product<false>(P.k.at(b, kv, block * KEYS), P.k.row, 1, queries, scores, keys, D);
+            hide(P, shown, tile, block, scores);
+            add(block, scores, keys);
+        }
+        float* peaks = P.peaks + item * blocks;
+        float inside[ROWS];
+        for (int64_t r = 0; r < ROWS; r++) inside[r] = r < rows ? 1.0f : 0.0f;
+        for (int j = 0; j < VECTORS; j++) {
+            vec mine;
+            std::memcpy(&mine, inside + j * LANES, sizeof mine);
+            total[j] = total[j] > 0.0f ? mine / total[j] : vec{};
+        }
+        for (int64_t block = 0; block < upto; block++) {
+            vec highest = {};
+            for (int j = 0; j < VECTORS; j++)
+                highest = maximum(highest, mass[block * VECTORS + j] *
+                                               exponential(reference[block * VECTORS + j] - top[j]) * total[j]);
+            float peak = 0;
+            for (int l = 0; l < LANES; l++) peak = std::max(peak, highest[l]);
+            peaks[block] = peak;
+        }
+    }
+}

@@ -1,0 +1,182 @@
+"""Block-sparse attention and its selection on a CPU, compiled from native.cpp on first use.
+
+    q       [B, H, q_len, D]          fp32, bf16 or fp16; half precisions are computed in float32
+    k, v    [B, Hkv, kv_len, D | Dv]  same dtype; any strides with a dense last dimension
+    out     [B, H, q_len, Dv]         dtype of q, laid out in memory as [B, q_len, H, Dv]
+    lse     float32 [B, H, q_len]
+
+The library is built with the machine's C++ compiler (the one Inductor needs on a CPU too) in about three seconds, and
+kept in the user's cache under a name that changes with the source and the processor. `available()` is False where
+there is no compiler; gather.py and estimate.py then do the same in plain torch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsify.kernels import oracle
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, allowed_blocks, count_blocks
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# Not -ffast-math: as a shared library it would switch denormals off for the whole process.
+FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-std=c++17",
+         "-shared", "-fPIC"]
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("row", ctypes.c_int64)]
+
+
+class _Problem(ctypes.Structure):
+    """The `Problem` of native.cpp, field by field."""
+
+    _fields_ = [
+        *((name, _Tensor) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_void_p) for name in ("lse", "vectors", "variance", "alone", "rest", "peaks", "kept", "counts",
+                                               "order", "shown")),
+        *((name, ctypes.c_int64) for name in ("shown_batch", "heads", "kv_heads", "q_len", "kv_len", "dim", "value_dim",
+                                              "capacity", "singles", "causal_offset", "causal", "items")),
+        ("scale", ctypes.c_float),
+        ("next", ctypes.c_int64),
+    ]
+
+
+def available() -> bool:
+    """Whether the library is, or can be, built here."""
+    return _library() is not None
+
+
+def why_not(q: Tensor) -> str | None:
+    """Why this dtype needs the plain torch path, or None."""
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{q.dtype} is not computed natively"
+    return None if available() else "no C++ compiler was found"
+
+
+def select_blocks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
+                  tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> KeptLists:
+    """The kept lists of every query block; the rule is `oracle.keep`."""
+    peaks = estimated_peaks(q, k, scale=scale, causal_offset=causal_offset, key_mask=key_mask, singles=singles)
+    sizes = {"q_len": q.shape[2], "kv_len": k.shape[2]}
+    kept = oracle.keep(peaks, **sizes, tolerance=tolerance, max_density=max_density, sinks=sinks, local=local,
+                       causal_offset=causal_offset, key_mask=key_mask)
+    allowed = allowed_blocks(*sizes.values(), causal_offset, key_mask, q.device)
+    return oracle.pack(kept, peaks, allowed)
+
+
+def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
+                    singles: int) -> Tensor:
+    """Largest estimated share that any row of a query block gives a key block: float32 [B, H, query, key blocks]."""
+    q, k = _dense_float(q), _dense_float(k)
+    batch, kv_heads, kv_len, dim = k.shape
+    blocks = count_blocks(kv_len, KEY_BLOCK)
+    vectors = torch.empty(batch, kv_heads, blocks, singles + 1, dim)
+    variance = torch.empty(batch, kv_heads, blocks, dim)
+    alone, rest = torch.empty(2, batch, kv_heads, blocks, dtype=torch.int32)
+    peaks = torch.zeros(batch, q.shape[1], count_blocks(q.shape[2], QUERY_BLOCK), blocks)
+    tensors = {"q": q, "k": k, "vectors": vectors, "variance": variance, "alone": alone, "rest": rest, "peaks": peaks}
+    numbers = {"scale": scale, "causal_offset": causal_offset, "singles": singles}
+    _run("summarise", alone.numel(), tensors, numbers, key_mask)
+    _run("estimate", peaks[..., 0].numel(), tensors, numbers, key_mask)
+    return peaks
+
+
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
+                           causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the visible keys of the kept blocks; a row that sees none gives zeros and -inf."""
+    batch, heads, q_len, _ = q.shape
+    out = torch.empty(batch, q_len, heads, v.shape[3]).transpose(1, 2)
+    lse = torch.empty(batch, heads, q_len)
+    order = counts.flatten().argsort(descending=True)
+    tensors = {"q": _dense_float(q), "k": _dense_float(k), "v": _dense_float(v), "out": out, "lse": lse,
+               "kept": kept.contiguous(), "counts": counts.contiguous(), "order": order}
+    _run("attend", counts.numel(), tensors, {"scale": scale, "causal_offset": causal_offset}, key_mask)
+    return out.to(q.dtype), lse
+
+
+def _dense_float(x: Tensor) -> Tensor:
+    x = x.detach().float()
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _run(function: str, items: int, tensors: dict[str, Tensor], numbers: dict[str, float | int | None],
+         key_mask: Tensor | None) -> None:
+    """Call one entry of native.cpp on every thread that torch would use; they share the items among them."""
+    q, k = tensors["q"], tensors["k"]
+    problem = _Problem(heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], kv_len=k.shape[2], dim=q.shape[3],
+                       items=items)
+    for name, value in numbers.items():
+        if name == "causal_offset":
+            problem.causal, problem.causal_offset = int(value is not None), int(value or 0)
+        else:
+            setattr(problem, name, value)
+    if "kept" in tensors:
+        problem.capacity, problem.value_dim = tensors["kept"].shape[3], tensors["v"].shape[3]
+    if key_mask is not None:
+        key_mask = key_mask.contiguous()
+        problem.shown, problem.shown_batch = key_mask.data_ptr(), key_mask.stride(0) if len(key_mask) > 1 else 0
+    for name, x in tensors.items():
+        if name in ("q", "k", "v", "out"):
+            setattr(problem, name, _Tensor(x.data_ptr(), *x.stride()[:3]))
+        else:
+            setattr(problem, name, x.data_ptr())
+    entry = getattr(_library(), function)
+    threads = min(torch.get_num_threads(), items)
+    others = [_pool().submit(entry, ctypes.byref(problem)) for _ in range(threads - 1)]
+    entry(ctypes.byref(problem))
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="sparsify")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled library, from the cache or built now; None where it cannot be built."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    if compiler is None:
+        return None
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    for folder in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsify",
+                   Path(tempfile.gettempdir()) / f"sparsify-{os.getuid()}"):
+        target = folder / f"native-{key}.so"
+        try:
+            if not target.exists():
+                _build(compiler, target)
+            return ctypes.CDLL(str(target))
+        except (OSError, subprocess.SubprocessError):  # a read-only home, a compiler that cannot
+            continue
+    return None
+
+
+def _build(compiler: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".so", delete=False) as partial:
+        command = [compiler, *FLAGS, str(SOURCE), "-o", partial.name]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        os.replace(partial.name, target)  # whole or not at all, also when two processes build at once
+    finally:
+        Path(partial.name).unlink(missing_ok=True)
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        return platform.processor()
