@@ -58,7 +58,7 @@ def _summarise_keys(k, key_mask, singles, mean, variance, single_count, rest_cou
         key = tl.sum(tl.where(chosen[:, None], keys, 0.0), 0)  # keys out of sight were loaded as zeros
         single_at = singles + ((head_row * SINGLES + single) * blocks + key_block) * D
         tl.store(single_at + dims, key.to(singles.dtype.element_ty), dim_inside)
-        distance = tl.where(chosen, -1.0, distance)
+        distance = tl.where(chosen, -2.0, distance)
         rest &= ~chosen
 
     rest_keys = tl.sum(rest.to(tl.int32), 0)

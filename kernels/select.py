@@ -1,0 +1,251 @@
+"""Selection: which key blocks every query block keeps.
+
+    q         [B, H, L, D]      fp16, bf16 or fp32; any strides
+    k         [B, Hkv, S, D]    as q; query head h reads KV head h // (H // Hkv)
+    key_mask  [B or 1, S]       bool, True where the key may be attended, or None
+    peaks     [B, H, blocks of 128 rows, blocks of 64 keys]  float32, the largest share of attention that any row of
+                                the query block gives the key block, as the split summaries estimate it; boundary
+                                blocks exact; 0 where nothing is visible
+    kept, counts                see `KeptLists`; key j is visible to query i when j <= i + causal_offset (None: always)
+    errors    none here: the op (sparsify/ops) checks shapes, dtypes and ranges
+
+Peaks need every row's sum over all its blocks before the first share is known. One sweep over the summaries leaves
+each block's mass, relative to the row's largest score so far, in a scratch that stays in L2 (a program's own, 128 rows
+long); a second sweep reads it back and takes the maximum over rows. That is 7 exponentials and a square root per row
+and block (m = 6), no logarithm, where two full sweeps would take 15.
+
+Source: this project's own (ARCHITECTURE.md, "selection"): absolute tolerance on estimated row maxima.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, SplitSummaries, capacity, count_blocks
+from sparsify.kernels.statistics import summarise_keys
+
+CHUNK = 64  # key blocks at once: one 128 x 64 tile of scores per summary vector
+NUM_WARPS = 4
+STAGES = 2
+PROGRAMS_PER_MULTIPROCESSOR = 2
+BOUNDARY = tl.constexpr(3)  # 128 rows of an arbitrary diagonal cut at most three blocks of 64 keys
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _add_mass(mass, peak, scores):
+    """Add exp2(scores) to `mass`, which is relative to exp2(peak); the peak of every row rises as needed."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    mass = mass * tl.exp2(peak - new_peak)[:, None] + tl.exp2(scores - new_peak[:, None])
+    return mass, new_peak
+
+
+@triton.jit(do_not_specialize=["query_blocks", "key_blocks", "units", "H", "GROUP", "L", "S", "offset"])
+def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_count, peaks, scratch,
+                    stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+                    stride_mask_batch, stride_mask, stride_count_batch,
+                    query_blocks, key_blocks, units, H, GROUP, L, S, offset, scale, scale_log2,
+                    SINGLES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+                    STAGES: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
+    dims = tl.arange(0, D_PAD)
+    dim_inside = dims < D
+    columns = tl.arange(0, CHUNK)
+    in_block = tl.arange(0, BLOCK)
+    local_rows = tl.arange(0, ROWS)
+    # int64: a program's scratch is 128 rows x key blocks, and there are hundreds of programs.
+    chunks = tl.cdiv(key_blocks, CHUNK)
+    mass_scratch = scratch + tl.program_id(0).to(tl.int64) * chunks * (ROWS * (CHUNK + 1))
+    peak_scratch = mass_scratch + chunks.to(tl.int64) * (ROWS * CHUNK)
+    tile = local_rows[:, None] * CHUNK + columns[None, :]
+
+    # Late query blocks of all heads come first, so that programs with a static share of them end together.
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
+        heads = units // query_blocks
+        query_block = query_blocks - 1 - unit // heads
+        head_row = unit % heads
+        batch, head = head_row // H, head_row % H
+        kv_head = (batch * (H // GROUP) + head // GROUP).to(tl.int64)
+        first_row = query_block * ROWS
+        rows = first_row + local_rows
+        row_inside = rows < L
+        q_head = q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+        query = tl.load(q_head + rows.to(tl.int64)[:, None] * stride_qs + dims[None, :] * stride_qd,
+                        row_inside[:, None] & dim_inside[None, :], other=0.0)
+        wide = query.to(tl.float32) * scale
+        squared = (wide * wide).to(query.dtype)
+        last_row = tl.minimum(first_row + ROWS, L) - 1
+        allowed = tl.maximum(tl.minimum((last_row + offset + BLOCK) >> 6, key_blocks), 0)  # arithmetic shift: floor
+        boundary = tl.maximum(tl.minimum((first_row + offset + 1) >> 6, allowed), 0)
+        out = peaks + (head_row * query_blocks + query_block).to(tl.int64) * key_blocks
+
+        peak = tl.full([ROWS], -1.0e30, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        for chunk in range(0, tl.cdiv(boundary, CHUNK)):
+            blocks = chunk * CHUNK + columns
+            inside = blocks < boundary
+            counts_at = batch * stride_count_batch + blocks
+            single_keys = tl.load(single_count + counts_at, inside, other=0)
+            rest_keys = tl.load(rest_count + counts_at, inside, other=0)
+            vector = blocks.to(tl.int64)[None, :] * D + dims[:, None]
+            vector_inside = inside[None, :] & dim_inside[:, None]
+            rest_at = kv_head * key_blocks * D + vector
+            old_peak = peak
+
+            log2_count = tl.log2(rest_keys.to(tl.float32))  # -inf where there is no rest
+            spread = tl.dot(squared, tl.load(variance + rest_at, vector_inside, other=0.0), input_precision="ieee")
+            spread *= 1.4426950408889634  # log2(e): everything is in powers of two from here
+            center = tl.dot(query, tl.load(mean + rest_at, vector_inside, other=0.0), input_precision="ieee")
+            double = 2.0 * tl.maximum(log2_count, 0.0)[None, :]
+            # log of the mean of exp over n Gaussian scores: the second cumulant while it can be true, then the
+            # largest of the n.
+            gain = tl.where(spread < double, 0.5 * spread, tl.sqrt(double * spread) - 0.5 * double)
+            scores = center * scale_log2 + log2_count[None, :] + gain
+            mass, peak = _add_mass(tl.zeros([ROWS, CHUNK], tl.float32), peak, scores)
+            for single in tl.range(0, SINGLES, num_stages=STAGES):
+                single_at = singles + (kv_head * SINGLES + single) * key_blocks * D + vector
+                scores = tl.dot(query, tl.load(single_at, vector_inside, other=0.0), input_precision="ieee")
+                scores = tl.where((single < single_keys)[None, :], scores * scale_log2, -float("inf"))
+                mass, peak = _add_mass(mass, peak, scores)
+            total = total * tl.exp2(old_peak - peak) + tl.sum(mass, 1)
+            tl.store(mass_scratch + chunk * (ROWS * CHUNK) + tile, mass)
+            tl.store(peak_scratch + chunk * ROWS + local_rows, peak)
+
+        # Boundary blocks: their own keys, as every row sees them. Few columns, so the masses stay in registers.
+        last_key = tl.minimum(rows + offset, S - 1)
+        slot = tl.arange(0, 4)
+        boundary_mass = tl.zeros([ROWS, 4], tl.float32)
+        for edge in tl.static_range(BOUNDARY):
+            keys = (boundary + edge) * BLOCK + in_block
+            key_inside = keys < S
+            k_head = k + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
+            key_tile = tl.load(k_head + keys.to(tl.int64)[None, :] * stride_ks + dims[:, None] * stride_kd,
+                               key_inside[None, :] & dim_inside[:, None], other=0.0)
+            visible = (keys[None, :] <= last_key[:, None]) & (boundary + edge < allowed)
+            if HAS_KEY_MASK:
+                mask_at = key_mask + batch.to(tl.int64) * stride_mask_batch + keys * stride_mask
+                visible &= (tl.load(mask_at, key_inside, other=0) != 0)[None, :]
+            scores = tl.where(visible, tl.dot(query, key_tile, input_precision="ieee") * scale_log2, -float("inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, 1))
+            edge_mass = tl.sum(tl.exp2(scores - new_peak[:, None]), 1)
+            shrink = tl.exp2(peak - new_peak)
+            boundary_mass = tl.where(slot[None, :] == edge, edge_mass[:, None], boundary_mass * shrink[:, None])
+            total = total * shrink + edge_mass
+            peak = new_peak
+
+        shares = tl.where(row_inside & (total > 0), 1.0 / total, 0.0)
+        tl.store(out + boundary + slot, tl.max(boundary_mass * shares[:, None], 0), boundary + slot < allowed)
+        tl.debug_barrier()  # masses may come back to other threads than wrote them
+        for chunk in range(0, tl.cdiv(boundary, CHUNK)):
+            blocks = chunk * CHUNK + columns
+            mass = tl.load(mass_scratch + chunk * (ROWS * CHUNK) + tile)
+            weight = tl.exp2(tl.load(peak_scratch + chunk * ROWS + local_rows) - peak) * shares
+            tl.store(out + blocks, tl.max(mass * weight[:, None], 0), blocks < boundary)
+        for chunk in range(allowed // CHUNK, chunks):
+            blocks = chunk * CHUNK + columns
+            tl.store(out + blocks, tl.zeros([CHUNK], tl.float32), (blocks >= allowed) & (blocks < key_blocks))
+        tl.debug_barrier()  # and the next query block writes them anew
+
+
+@triton.jit(do_not_specialize=["query_blocks", "key_blocks", "list_capacity", "H", "L", "offset", "sinks", "local",
+                               "tolerance", "max_density"])
+def _pack_lists(peaks, single_count, rest_count, kept, counts, stride_count_batch, query_blocks, key_blocks,
+                list_capacity, H, L, offset, tolerance, max_density, sinks, local,
+                ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0)
+    query_block = row % query_blocks
+    batch = row // query_blocks // H
+    blocks = tl.arange(0, WIDTH)
+    inside = blocks < key_blocks
+    counts_at = batch * stride_count_batch + blocks
+    keys = tl.load(single_count + counts_at, inside, other=0) + tl.load(rest_count + counts_at, inside, other=0)
+    peak = tl.load(peaks + row.to(tl.int64) * key_blocks + blocks, inside, other=0.0)
+
+    first_row = query_block * ROWS
+    last_row = tl.minimum(first_row + ROWS, L) - 1
+    allowed = inside & (keys > 0) & (blocks * BLOCK <= last_row + offset)
+    boundary = tl.maximum((first_row + offset + 1) >> 6, 0)  # the first; an arithmetic shift is a floor
+    sink = tl.cumsum(allowed.to(tl.int32), 0) <= sinks
+    near = (blocks >= boundary - local) & (boundary < key_blocks)
+    forced = sink | near
+    keep = allowed & (forced | (peak >= tolerance))
+    most = max_density * tl.sum(allowed.to(tl.int32), 0).to(tl.float32)
+    threshold = tl.where(tl.sum(keep.to(tl.int32), 0).to(tl.float32) > most, 0.0, tolerance)
+    keep = allowed & (forced | (peak >= threshold))
+
+    # An odd number: the best block that is left, the later one of equals; else padding.
+    count = tl.sum(keep.to(tl.int32), 0)
+    spare = tl.where(allowed & (keep == 0), peak, -1.0)
+    best = tl.max(spare, 0)
+    chosen = tl.max(tl.where((spare == best) & (spare >= 0.0), blocks, -1), 0)
+    keep = keep | ((blocks == chosen) & (count % 2 == 1))
+    count = tl.sum(keep.to(tl.int32), 0)
+    even = tl.maximum((count + 1) // 2 * 2, 2)
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    entries = kept + row.to(tl.int64) * list_capacity
+    tl.store(entries + place, blocks, keep)
+    for start in range(0, list_capacity, WIDTH):
+        entry = start + blocks
+        padding = tl.where(entry < even, key_blocks + entry - count, 0)
+        tl.store(entries + entry, padding, (entry >= count) & (entry < list_capacity))
+    tl.store(counts + row, even)
+
+
+def select_blocks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
+                  tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> KeptLists:
+    """Summaries, peaks, kept lists; arguments as above and in `sparsify.plan.Budget`."""
+    B, H, L, _ = q.shape
+    S = k.shape[2]
+    summaries = summarise_keys(k, singles, key_mask)
+    peaks = _launch_peaks(q, k, summaries, scale, causal_offset, key_mask)
+    query_blocks, key_blocks = peaks.shape[2:]
+    kept = torch.empty(B, H, query_blocks, capacity(key_blocks), dtype=torch.int32, device=q.device)
+    counts = torch.empty(B, H, query_blocks, dtype=torch.int32, device=q.device)
+    _pack_lists[(counts.numel(),)](
+        peaks, summaries.single_count, summaries.rest_count, kept, counts, _count_stride(summaries), query_blocks,
+        key_blocks, kept.shape[3], H, L, _offset(causal_offset, S), tolerance, max_density, sinks, local,
+        ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=triton.next_power_of_2(key_blocks), num_warps=NUM_WARPS)
+    return KeptLists(kept, counts)
+
+
+def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
+                    singles: int) -> Tensor:
+    """Peaks alone, for calibration and tests; arguments as above."""
+    return _launch_peaks(q, k, summarise_keys(k, singles, key_mask), scale, causal_offset, key_mask)
+
+
+def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float, causal_offset: int | None,
+                  key_mask: Tensor | None) -> Tensor:
+    B, H, L, D = q.shape
+    Hkv, S = k.shape[1:3]
+    query_blocks, key_blocks = count_blocks(L, QUERY_BLOCK), count_blocks(S, KEY_BLOCK)
+    units = B * H * query_blocks
+    programs = min(units, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(q.device))
+    peaks = torch.empty(B, H, query_blocks, key_blocks, dtype=torch.float32, device=q.device)
+    scratch = torch.empty(programs, count_blocks(key_blocks, CHUNK), QUERY_BLOCK, CHUNK + 1, dtype=torch.float32,
+                          device=q.device)
+    mask_strides = (0, 0) if key_mask is None else (key_mask.stride(0) * (len(key_mask) > 1), key_mask.stride(1))
+    _estimate_peaks[(programs,)](
+        q, k, k if key_mask is None else key_mask, *summaries, peaks, scratch, *q.stride(), *k.stride(), *mask_strides,
+        _count_stride(summaries), query_blocks, key_blocks, units, H, H // Hkv, L, S, _offset(causal_offset, S),
+        scale, scale * LOG2_E, SINGLES=summaries.singles.shape[2], ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=CHUNK, STAGES=STAGES, D=D,
+        D_PAD=max(16, triton.next_power_of_2(D)), HAS_KEY_MASK=key_mask is not None, num_warps=NUM_WARPS,
+        num_stages=1)
+    return peaks
+
+
+def _count_stride(summaries: SplitSummaries) -> int:
+    """From one batch's counts to the next; 0 where all share one."""
+    masks, blocks = summaries.rest_count.shape
+    return blocks if masks > 1 else 0
+
+
+def _offset(causal_offset: int | None, S: int) -> int:
+    """At an offset of S every row sees every key, and no block is a boundary."""
+    return S if causal_offset is None else causal_offset
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
