@@ -70,7 +70,7 @@ def _read_sdpa(node: fx.Node, writes: "_Writes") -> AttentionSite | Refused:
     if dropout != 0:
         return _refuse("sdpa", node, "dropout is active: dropping key blocks would change what it draws")
     if scale is None:
-        scale = shape(query)[-1] ** -0.5
+        scale = int(shape(query)[-1]) ** -0.5  # fixes a symbolic head dim: no model calls with another
     masks: tuple[MaskTerm, ...] = ()
     if mask is not None:
         masks = (MaskTerm("keep" if value(mask).dtype == torch.bool else "add", mask),)
@@ -222,7 +222,7 @@ def _complete(site: AttentionSite, product: fx.Node, writes: _Writes) -> Attenti
         key, key_reader, transposed = key.args[0], key, False  # type: ignore[assignment]
     grouped_key, grouped_key_reader = (key, key_reader) if transposed else _unrepeat(key, key_reader)
     grouped_value, grouped_value_reader = _unrepeat(site.value, site.output)
-    if shape(grouped_key)[1] == shape(grouped_value)[1]:
+    if same(shape(grouped_key)[1], shape(grouped_value)[1]):
         key, key_reader = grouped_key, grouped_key_reader
     else:
         grouped_value, grouped_value_reader = site.value, site.output

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
@@ -25,8 +26,19 @@ def value(x: Any) -> Any:
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:
-    """Sizes of a tensor node: ints and SymInts."""
-    return tuple(node.meta["val"].shape)
+    """Sizes of a tensor node: SymInts, and ints wherever they are known.
+
+    Where size 1 is not specialised (`backed_size_oblivious`), a guard `s0 == 1` leaves `4 // s0` standing (torch 2.13).
+    """
+    return tuple(_fill_in_ones(size) if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape)
+
+
+def _fill_in_ones(size: torch.SymInt) -> "int | torch.SymInt":
+    env, expr = size.node.shape_env, size.node.expr
+    ones = {symbol: 1 for symbol in expr.free_symbols
+            if env._maybe_evaluate_static(sympy.Eq(symbol, 1)) == sympy.true}
+    filled = expr.subs(ones)
+    return int(filled) if filled.is_Integer else size
 
 
 def is_tensor(x: Any) -> bool:

@@ -1,0 +1,196 @@
+"""Compile a model with the pass: `sparsify.compile`, and the backend that Dynamo calls with each graph.
+
+    model(...) -> Dynamo's graph -> passes.run: attention becomes ops under the plan -> Inductor, or any other backend
+
+`torch.compile(model, backend="sparsify", options={"plan": ...})` reaches the same pass through `backend`. What
+`compile` adds is in `_tracing_config`: settings that hold while Dynamo traces, so that a plan costs one graph a bucket.
+"""
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import RestartAnalysis
+
+from sparsify import passes
+from sparsify.errors import DeviceError, ModelError, OptionError
+from sparsify.passes.site import SiteRecord
+from sparsify.plan import Plan, resolve_plan
+
+DEVICES = ("cpu", "cuda")
+"""Device types that have kernels."""
+
+GRAPHS_PER_BUCKET = 16
+"""Graphs that one bucket may need: grad mode on and off, train and eval, batch 1 and length 1 where a model branches."""
+
+log = logging.getLogger("sparsify")
+
+PlanLike = Plan | Mapping[str, Any] | str | Path | None
+Compiler = Callable[..., Any]
+
+
+def compile(model: Any, plan: PlanLike = None, *, dynamic: bool | None = None, fullgraph: bool = False,
+            mode: str | None = None, options: Mapping[str, Any] | None = None,
+            backend: str | Compiler = "inductor") -> Any:
+    """Compile `model` so that its attention follows `plan`.
+
+    A module is compiled in place, as `nn.Module.compile` does it, and returned: `generate` and every other method that
+    calls it runs compiled, its type and its `state_dict` stay. A plain callable comes back wrapped, as from
+    `torch.compile`. Copies and pickles of a compiled module are not compiled.
+
+    plan      a Plan, a dict, the path of a plan file, or None for the default plan of the device
+    dynamic   None means True: a plan serves many lengths. False: one graph per length
+    fullgraph, mode, options, backend   as in `torch.compile`; `backend` compiles the rewritten graph
+
+    Raises PlanError, OptionError, ModelError, DeviceError, each before the model is touched.
+    """
+    compiler = Backend(_load_plan(plan), *_check_inner(backend, mode, options))
+    settings = {"backend": compiler, "dynamic": True if dynamic is None else dynamic, "fullgraph": fullgraph}
+    if isinstance(model, nn.Module):
+        _check_model(model)
+        model.compile(**settings)
+        model._compiled_call_impl = _traced_with_config(model._compiled_call_impl, compiler)  # type: ignore[assignment]
+        return model
+    if not callable(model):
+        raise ModelError(f"model is a {type(model).__name__}. Give an nn.Module, or a callable.")
+    return _traced_with_config(torch.compile(model, **settings), compiler)
+
+
+def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
+            options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """What `torch.compile(model, backend="sparsify")` calls; `options` may hold "plan" beside Inductor's own."""
+    options = dict(options or {})
+    plan = _load_plan(options.pop("plan", None))
+    return Backend(plan, *_check_inner("inductor", mode, options))(gm, example_inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """A Dynamo backend: the pass under a plan, then another compiler. `plan` None: the default plan of the device."""
+
+    plan: Plan | None
+    compiler: Compiler
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        rewritten, records = rewrite_graph(gm, example_inputs, self.plan)
+        compiled = self.compiler(rewritten, example_inputs, **self.arguments)
+        _log(records)
+        return compiled
+
+
+def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any],
+                  plan: Plan | None) -> tuple[fx.GraphModule, list[SiteRecord]]:
+    """Run the pass; if it fails, warn once and hand back the graph as it was."""
+    try:
+        return passes.run(gm, example_inputs, plan or default_plan(example_inputs))
+    except RestartAnalysis:
+        raise  # Dynamo's way to trace again, knowing more
+    except Exception as error:
+        _warn_once(f"sparsify left a graph as it was: its pass failed with {type(error).__name__}: {error}. "
+                   "The model runs as torch.compile alone would run it. Please report this.")
+        log.debug("the pass failed", exc_info=True)
+        return gm, []
+
+
+def default_plan(values: Sequence[Any]) -> Plan:
+    """The default plan of the device that these tensors are on."""
+    on_cuda = any(x.is_cuda for x in values if isinstance(x, torch.Tensor))
+    return Plan.default("cuda" if on_cuda else "cpu")
+
+
+@contextlib.contextmanager
+def tracing_config(plan: Plan | None) -> Any:
+    """Settings under which Dynamo compiles one graph per bucket.
+
+    Without duck shaping, a batch of 2 and 2 heads do not become one symbol; size-oblivious, a batch of 1 is no graph of
+    its own. The recompile limit leaves room for every bucket: at the limit Dynamo runs eager.
+    """
+    from torch._dynamo import config as dynamo
+    from torch.fx.experimental import _config as shapes
+
+    graphs = GRAPHS_PER_BUCKET * len((plan or Plan.default("cpu")).merged().buckets)
+    limits = {name: max(getattr(dynamo, name), room) for name, room in (
+        ("recompile_limit", graphs), ("accumulated_recompile_limit", GRAPHS_PER_BUCKET * graphs))}
+    oblivious = {name: value for name, value in (("use_duck_shape", False), ("backed_size_oblivious", True))
+                 if hasattr(shapes, name)}
+    with dynamo.patch(limits), shapes.patch(oblivious):
+        yield
+
+
+def _traced_with_config(call: Callable[..., Any], compiler: Backend) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with tracing_config(compiler.plan):
+            return call(*args, **kwargs)
+
+    # Under an outer torch.compile, Dynamo never enters: it inlines the function behind `_torchdynamo_inline`.
+    traced.sparsify = compiler  # type: ignore[attr-defined]
+    return traced
+
+
+def _load_plan(plan: PlanLike) -> Plan | None:
+    return None if plan is None else resolve_plan(plan, "cpu")
+
+
+def _check_inner(backend: str | Compiler, mode: str | None,
+                 options: Mapping[str, Any] | None) -> tuple[Compiler, dict[str, Any]]:
+    """The compiler of the rewritten graph, and the arguments that carry mode and options to it."""
+    if callable(backend):
+        compiler = backend
+    elif backend in torch._dynamo.list_backends(exclude_tags=()) and backend != "sparsify":
+        compiler = lookup_backend(backend)
+    else:
+        known = ", ".join(name for name in torch._dynamo.list_backends() if name != "sparsify")
+        raise OptionError(f"backend is {backend!r}. It compiles the rewritten graph; give one of: {known}.")
+    if mode is not None and options:
+        raise OptionError(f"mode is {mode!r} and options are {sorted(options)}. Give one of the two.")
+    if compiler is not lookup_backend("inductor"):
+        return compiler, {name: x for name, x in (("mode", mode), ("options", options)) if x}
+    from torch._inductor import list_mode_options, list_options
+    from torch._inductor.compile_fx import compile_fx
+
+    if mode is not None and mode not in list_mode_options():
+        raise OptionError(f"mode is {mode!r}. Give one of: {', '.join(list_mode_options())}.")
+    patches = {name.replace("-", "_"): x for name, x in (options or {}).items()}
+    unknown = sorted(set(patches) - set(list_options()))
+    if unknown:
+        raise OptionError(f"options has the unknown key {unknown[0]!r}. torch._inductor.list_options() lists the keys; "
+                          "a plan is given as plan=.")
+    patches.update(list_mode_options(mode) if mode is not None else {})
+    return compile_fx, {"config_patches": patches} if patches else {}
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ModelError("model was wrapped by torch.compile already. Give the module inside: model._orig_mod.")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise ModelError(f"model has {name} on the meta device, without values. Load its weights first, "
+                             "for example with model.to_empty(device='cpu') and load_state_dict.")
+        if tensor.device.type not in DEVICES:
+            raise DeviceError(f"model has {name} on {tensor.device}. There are kernels for: {', '.join(DEVICES)}. "
+                              "Move the model with model.to('cpu').")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _log(records: Sequence[SiteRecord]) -> None:
+    """One line for the bucket that this graph serves."""
+    taken = [record for record in records if record.outcome != "refused"]
+    buckets = ", ".join(dict.fromkeys(record.bucket for record in taken)) or "none"
+    budgets = Counter(record.budget for record in taken)
+    what = ", ".join(f"{budget} at {count} sites" for budget, count in budgets.items()) or "no attention rewritten"
+    log.info("sparsify: compiled bucket %s: %s; %d sites refused", buckets, what, len(records) - len(taken))
