@@ -128,7 +128,7 @@ def _configuration(widest: int, itemsize: int) -> tuple[int, int, int]:
     heads and float32 take fewer rows so that tiles fit the 99 to 163 KiB of shared memory of other GPUs.
     """
     if itemsize == 4:
-        return (32, 4, 1) if widest > 128 else (64, 8, 1)
+        return (16, 4, 1) if widest > 128 else (32, 8, 1)
     if widest > 128:
         return 64, 4, 2
     return QUERY_BLOCK, 4, 2

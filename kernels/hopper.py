@@ -323,7 +323,7 @@ def _block_sparse_attention(q, k, v, out, lse, kept_pairs, queue, counter, block
 
 @triton.jit(do_not_specialize=["rows", "pair_capacity"])
 def _fill_queue(counts, queue, cursors, rows, pair_capacity, LEVELS: tl.constexpr, CHUNK: tl.constexpr):
-    """Counting sort of all query blocks, longest list first; the entry after the cursors becomes the queue's counter."""
+    """Counting sort of all query blocks, longest list first; behind the cursors lies the queue's counter."""
     levels = tl.arange(0, LEVELS)
     population = tl.zeros([LEVELS], tl.int32)
     for start in range(0, rows, CHUNK):
@@ -385,7 +385,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, causal_offset: int | None, key_mask
 
 def _is_describable(tensor: Tensor) -> bool:
     """Whether the copy engine can address a tensor of 2-byte elements as it lies."""
-    strides = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3]) if size > 1]
+    strides = [tensor.stride(i) for i in range(3) if tensor.shape[i] > 1]
     return (tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
             and all(stride > 0 and stride % 8 == 0 for stride in strides))
 
@@ -394,6 +394,6 @@ def _describe(tensor: Tensor) -> TensorDescriptor:
     """The copy engine's view: boxes of 64 rows of one head, clipped at the tensor's own length."""
     D = tensor.shape[3]
     # The stride of a dimension of size 1 means nothing to torch, but the engine checks it.
-    strides = [stride if size > 1 else D for size, stride in zip(tensor.shape[:3], tensor.stride()[:3])]
+    strides = [tensor.stride(i) if tensor.shape[i] > 1 else D for i in range(3)]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, KEY_BLOCK, D], layout)

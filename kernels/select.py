@@ -25,11 +25,10 @@ from torch import Tensor
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, SplitSummaries, capacity, count_blocks
 from sparsify.kernels.statistics import summarise_keys
 
-CHUNK = 64  # key blocks at once: one 128 x 64 tile of scores per summary vector
-NUM_WARPS = 4
-STAGES = 2
-PROGRAMS_PER_MULTIPROCESSOR = 2
-BOUNDARY = tl.constexpr(3)  # 128 rows of an arbitrary diagonal cut at most three blocks of 64 keys
+STAGES = 2  # summary vectors in flight
+NUM_WARPS = 8
+PACK_WARPS = 4
+PROGRAMS_PER_MULTIPROCESSOR = 2  # one computes exponentials while the other waits for vectors
 LOG2_E = 1.4426950408889634
 
 
@@ -111,17 +110,17 @@ def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_
             tl.store(mass_scratch + chunk * (ROWS * CHUNK) + tile, mass)
             tl.store(peak_scratch + chunk * ROWS + local_rows, peak)
 
-        # Boundary blocks: their own keys, as every row sees them. Few columns, so the masses stay in registers.
+        # Boundary blocks: their own keys, as every row sees them. At most three, so the masses stay in registers.
         last_key = tl.minimum(rows + offset, S - 1)
         slot = tl.arange(0, 4)
         boundary_mass = tl.zeros([ROWS, 4], tl.float32)
-        for edge in tl.static_range(BOUNDARY):
+        for edge in tl.range(0, allowed - boundary):
             keys = (boundary + edge) * BLOCK + in_block
             key_inside = keys < S
             k_head = k + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
             key_tile = tl.load(k_head + keys.to(tl.int64)[None, :] * stride_ks + dims[:, None] * stride_kd,
                                key_inside[None, :] & dim_inside[:, None], other=0.0)
-            visible = (keys[None, :] <= last_key[:, None]) & (boundary + edge < allowed)
+            visible = keys[None, :] <= last_key[:, None]
             if HAS_KEY_MASK:
                 mask_at = key_mask + batch.to(tl.int64) * stride_mask_batch + keys * stride_mask
                 visible &= (tl.load(mask_at, key_inside, other=0) != 0)[None, :]
@@ -204,7 +203,7 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | No
     _pack_lists[(counts.numel(),)](
         peaks, summaries.single_count, summaries.rest_count, kept, counts, _count_stride(summaries), query_blocks,
         key_blocks, kept.shape[3], H, L, _offset(causal_offset, S), tolerance, max_density, sinks, local,
-        ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=triton.next_power_of_2(key_blocks), num_warps=NUM_WARPS)
+        ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=triton.next_power_of_2(key_blocks), num_warps=PACK_WARPS)
     return KeptLists(kept, counts)
 
 
@@ -222,16 +221,26 @@ def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float,
     units = B * H * query_blocks
     programs = min(units, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(q.device))
     peaks = torch.empty(B, H, query_blocks, key_blocks, dtype=torch.float32, device=q.device)
-    scratch = torch.empty(programs, count_blocks(key_blocks, CHUNK), QUERY_BLOCK, CHUNK + 1, dtype=torch.float32,
+    chunk, registers = _configuration(q.element_size())
+    scratch = torch.empty(programs, count_blocks(key_blocks, chunk), QUERY_BLOCK, chunk + 1, dtype=torch.float32,
                           device=q.device)
     mask_strides = (0, 0) if key_mask is None else (key_mask.stride(0) * (len(key_mask) > 1), key_mask.stride(1))
     _estimate_peaks[(programs,)](
         q, k, k if key_mask is None else key_mask, *summaries, peaks, scratch, *q.stride(), *k.stride(), *mask_strides,
         _count_stride(summaries), query_blocks, key_blocks, units, H, H // Hkv, L, S, _offset(causal_offset, S),
-        scale, scale * LOG2_E, SINGLES=summaries.singles.shape[2], ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=CHUNK, STAGES=STAGES, D=D,
-        D_PAD=max(16, triton.next_power_of_2(D)), HAS_KEY_MASK=key_mask is not None, num_warps=NUM_WARPS,
-        num_stages=1)
+        scale, scale * LOG2_E, SINGLES=summaries.singles.shape[2], ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=chunk,
+        STAGES=STAGES, D=D, D_PAD=max(16, triton.next_power_of_2(D)), HAS_KEY_MASK=key_mask is not None,
+        num_warps=NUM_WARPS, num_stages=1, maxnreg=registers)
     return peaks
+
+
+def _configuration(itemsize: int) -> tuple[int, int]:
+    """Key blocks at once, and registers of a thread.
+
+    128 registers let two programs share a multiprocessor; what spills is read once a chunk. float32 products run on
+    ordinary cores, out of registers: fewer columns, all the registers there are.
+    """
+    return (16, 255) if itemsize == 4 else (64, 128)
 
 
 def _count_stride(summaries: SplitSummaries) -> int:
@@ -241,8 +250,8 @@ def _count_stride(summaries: SplitSummaries) -> int:
 
 
 def _offset(causal_offset: int | None, S: int) -> int:
-    """At an offset of S every row sees every key, and no block is a boundary."""
-    return S if causal_offset is None else causal_offset
+    """Where there is no causality: past the end of a ragged last block, so that no block is a boundary."""
+    return S + KEY_BLOCK if causal_offset is None else causal_offset
 
 
 def _multiprocessors(device: torch.device) -> int:
