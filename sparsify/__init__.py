@@ -1,1 +1,56 @@
-"""sparsify: adaptive sparse attention for any PyTorch model, as a compiler pass."""
+"""sparsify: adaptive sparse attention for any PyTorch model, as a compiler pass.
+
+    model = sparsify.compile(model)            # in place: attention follows the default plan
+    print(sparsify.explain(model, input_ids))  # what became of each attention site
+    report = sparsify.benchmark(model, text)   # before and after, per length
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sparsify.errors import (
+    DeviceError,
+    ModelError,
+    OptionError,
+    PlanError,
+    ShapeError,
+    SparsifyError,
+    TextError,
+)
+from sparsify.plan import Bucket, Budget, Plan
+
+if TYPE_CHECKING:
+    from sparsify.backend import compile
+    from sparsify.explanation import explain
+    from sparsify.measurement import benchmark
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bucket",
+    "Budget",
+    "DeviceError",
+    "ModelError",
+    "OptionError",
+    "Plan",
+    "PlanError",
+    "ShapeError",
+    "SparsifyError",
+    "TextError",
+    "benchmark",
+    "compile",
+    "explain",
+]
+
+# Imported at first use: Dynamo takes seconds, and brings Triton where that is installed.
+_LAZY = {"benchmark": "sparsify.measurement", "compile": "sparsify.backend", "explain": "sparsify.explanation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
