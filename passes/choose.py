@@ -3,7 +3,7 @@
 Given   proven sites, the plan, and the symbols of the lengths that the user fixed a range for.
 Leaves  the graph untouched; each site with the bucket and budget that hold for every call of this graph. A comparison
         made here becomes a guard: Dynamo then compiles one graph per bucket and picks it by the key length of a call.
-Never   compares where that would break a promise: not on unbacked lengths, not across a range of mark_dynamic(min, max).
+Never   compares where that would break a promise: unbacked lengths, ranges given by mark_dynamic(min, max).
 
 Order of decision: a static length; a length known to be in one bucket; a length that must not be compared: the most
 exact budget over its range; else compare, and so guard.
@@ -26,8 +26,8 @@ from sparsify.passes.graph import shape
 from sparsify.passes.site import ChosenSite, ProvenSite, Refused
 from sparsify.plan import Bucket, Budget, Plan
 
-SELECTION_MIN_QUERIES = 2
-"""A single query reads every key once in dense attention, and once to select: nothing is won."""
+ANY_LENGTH = Bucket(1, None, Budget.dense())
+SINGLE_QUERY = "a single query: selecting key blocks would read as much as attending to all"
 
 
 def choose_budgets(sites: Sequence[ProvenSite | Refused], plan: Plan,
@@ -40,13 +40,13 @@ def choose_budgets(sites: Sequence[ProvenSite | Refused], plan: Plan,
             chosen.append(proven)
             continue
         site = proven.site
+        if statically_known_true(shape(site.query)[2] == 1):
+            chosen.append(ChosenSite(site, proven.mask, ANY_LENGTH, Budget.dense(), SINGLE_QUERY))
+            continue
         length = shape(site.key)[3 if site.key_transposed else 2]
         buckets, how = _buckets_of(length, plan, strict)
         bucket = min(buckets, key=lambda b: _exactness(b.budget_of(index)))
-        budget = bucket.budget_of(index)
-        if not budget.is_dense and statically_known_true(shape(site.query)[2] < SELECTION_MIN_QUERIES):
-            budget, how = Budget.dense(), "a single query: selecting keys would cost as much as reading them"
-        chosen.append(ChosenSite(site, proven.mask, bucket, budget, how))
+        chosen.append(ChosenSite(site, proven.mask, bucket, bucket.budget_of(index), how))
     return chosen
 
 

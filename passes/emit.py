@@ -78,22 +78,18 @@ class _Writer:
         self.leaves, self.device, self.at, self.graph = leaves, device, at, at.graph
         self.kv_len_expr, self.kv_len = kv_len, size_node(kv_len, at)
 
-    def condition(self, expr: sympy.Basic) -> fx.Node:
+    def condition(self, expr: Any) -> fx.Node:
         if isinstance(expr, sympy.Not):
             return emit(self.graph, aten.logical_not.default, self.condition(expr.args[0]))
-        for kind, op in CONNECTIVES.items():
-            if isinstance(expr, kind):
-                result, *rest = (self.condition(part) for part in expr.args)
-                for part in rest:
-                    result = emit(self.graph, op, result, part)
-                return result
+        if type(expr) in CONNECTIVES:
+            result, *rest = (self.condition(part) for part in expr.args)
+            for part in rest:
+                result = emit(self.graph, CONNECTIVES[type(expr)], result, part)
+            return result
         left, right = expr.args
         if not self.is_tensor(left):
-            expr = expr.reversed  # type: ignore[attr-defined]
+            expr = expr.reversed
             left, right = expr.args
-        leaf = self.leaves.get(left.func.__name__) if isinstance(left, AppliedUndef) else None
-        if leaf is not None and leaf.meta["val"].dtype == torch.bool:  # written as leaf != 0
-            return self.number(left)
         tensor, scalar = RELATIONS[type(expr)]
         return emit(self.graph, tensor if self.is_tensor(right) else scalar, self.number(left), self.number(right))
 
@@ -146,9 +142,9 @@ def size_node(expr: sympy.Basic, at: fx.Node) -> "int | fx.Node":
     with at.graph.inserting_before(at):
         sources = {symbol: _symbol_node(symbol, at) for symbol in expr.free_symbols}
         proxies = {symbol: fx.Proxy(node) for symbol, node in sources.items()}
-        node = sympy_interp(OptimizedPythonReferenceAnalysis, proxies, expr).node  # type: ignore[arg-type]
+        node = sympy_interp(OptimizedPythonReferenceAnalysis, proxies, expr).node
     values = {symbol: source.meta["val"] for symbol, source in sources.items()}
-    node.meta["val"] = sympy_interp(OptimizedPythonReferenceAnalysis, values, expr)  # type: ignore[arg-type]
+    node.meta["val"] = sympy_interp(OptimizedPythonReferenceAnalysis, values, expr)
     return node
 
 

@@ -22,6 +22,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator
 
 from sparsify.passes.graph import (
+    agree,
     arguments,
     aten,
     is_inert_dropout,
@@ -91,12 +92,11 @@ def _read_softmax(softmax: fx.Node, writes: "_Writes") -> AttentionSite | Refuse
     below = _walk_down(softmax)
     if isinstance(below, Refused):
         return below
-    query, key = product.args
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
     if not same_shape(shape(product), shape(softmax)):
         return _refuse("softmax chain", softmax, f"a mask widens the scores from {shape(product)} to {shape(softmax)}")
-    site = AttentionSite("softmax chain", origin(below), query, key, below.args[1],  # type: ignore[arg-type]
-                         True, scales, masks, False, below)
+    factors, weighted = arguments(product), arguments(below)
+    site = AttentionSite("softmax chain", origin(below), factors["self"], factors["other"], weighted["other"], True,
+                         scales, masks, False, below)
     return _complete(site, product, writes)
 
 
@@ -129,7 +129,7 @@ def _walk_up(user: fx.Node, node: Any, scales: tuple[Scale, ...], masks: tuple[M
     elif target in WHERES:
         terms = [(args[1], MaskTerm("keep", args[0], args[2])), (args[2], MaskTerm("hide", args[0], args[1]))]
     if not terms:
-        return _refuse("softmax chain", node, f"{target} stands between softmax and the product with the keys")
+        return _refuse("softmax chain", node, f"{target} stands between the keys and the softmax")
     if scales:
         return _refuse("softmax chain", node, "the scores are scaled after they are masked")
     results = [_walk_up(node, scores, scales, (term, *masks)) for scores, term in terms]
@@ -151,7 +151,7 @@ def _walk_down(softmax: fx.Node) -> fx.Node | Refused:
             return _refuse("softmax chain", user, "dropout is active: dropping key blocks would change what it draws")
         same_view = user.target in VIEWS_OF_SAME_SHAPE and same_shape(shape(user), shape(node))
         if not (user.target in CASTS or is_inert_dropout(user) or same_view):
-            return _refuse("softmax chain", user, f"{user.target} stands between softmax and the product with the values")
+            return _refuse("softmax chain", user, f"{user.target} stands between the softmax and the values")
         node = user
 
 
@@ -219,7 +219,7 @@ def _complete(site: AttentionSite, product: fx.Node, writes: _Writes) -> Attenti
     # The op reads its operands where the output is; what each was read by until now comes second.
     key, key_reader, transposed = site.key, product, site.key_transposed
     if transposed and _swaps_last_dims(key):
-        key, key_reader, transposed = key.args[0], key, False  # type: ignore[assignment]
+        key, key_reader, transposed = arguments(key)["self"], key, False
     grouped_key, grouped_key_reader = (key, key_reader) if transposed else _unrepeat(key, key_reader)
     grouped_value, grouped_value_reader = _unrepeat(site.value, site.output)
     if same(shape(grouped_key)[1], shape(grouped_value)[1]):
@@ -235,14 +235,14 @@ def _complete(site: AttentionSite, product: fx.Node, writes: _Writes) -> Attenti
     batch, heads, q_len, dim = shape(site.query)
     key_batch, kv_heads, kv_len, key_dim = (shape(key)[i] for i in ((0, 1, 3, 2) if transposed else (0, 1, 2, 3)))
     value_batch, value_heads, value_len, value_dim = shape(site.value)
-    if not (same(batch, key_batch) and same(batch, value_batch)):
+    if not (agree(batch, key_batch) and agree(batch, value_batch)):
         return refuse(f"query, key and value have batches {batch}, {key_batch} and {value_batch}")
-    if not same(kv_heads, value_heads):
+    if not agree(kv_heads, value_heads):
         return refuse(f"{kv_heads} key heads but {value_heads} value heads")
     whole_groups = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
-    if not (whole_groups or same(heads, kv_heads)):
+    if not (whole_groups or agree(heads, kv_heads)):
         return refuse(f"{heads} query heads cannot share {kv_heads} key heads evenly")
-    if not (same(dim, key_dim) and same(kv_len, value_len)):
+    if not (agree(dim, key_dim) and agree(kv_len, value_len)):
         return refuse(f"key {shape(key)} does not fit query {shape(site.query)} and value {shape(site.value)}")
     if not same_shape(shape(site.output), (batch, heads, q_len, value_dim)):
         return refuse(f"the output is {shape(site.output)}, not [batch, heads, query length, value dim]")
@@ -251,9 +251,10 @@ def _complete(site: AttentionSite, product: fx.Node, writes: _Writes) -> Attenti
 
 def _swaps_last_dims(node: fx.Node) -> bool:
     if node.target is aten.transpose.int:
-        return {node.args[1] % 4, node.args[2] % 4} == {2, 3}  # type: ignore[operator]
+        named = arguments(node)
+        return {named["dim0"] % 4, named["dim1"] % 4} == {2, 3}
     if node.target is aten.permute.default:
-        return [d % 4 for d in node.args[1]] == [0, 1, 3, 2]  # type: ignore[union-attr, operator]
+        return [dim % 4 for dim in arguments(node)["dims"]] == [0, 1, 3, 2]
     return node.target is aten.mT.default
 
 
@@ -274,8 +275,7 @@ def _unrepeat(node: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
     unsqueezed = _skip_copies(expanded.args[0])
     if unsqueezed.target is not aten.unsqueeze.default or unsqueezed.args[1] not in (2, -3):
         return node, reader
-    grouped = unsqueezed.args[0]
-    assert isinstance(grouped, fx.Node)
+    grouped = arguments(unsqueezed)["self"]
     batch, heads, repeats, length, dim = shape(expanded)
     if not (same_shape(shape(grouped), (batch, heads, length, dim))
             and same_shape(shape(node), (batch, heads * repeats, length, dim))):

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from sparsify.passes.site import Origin
 
@@ -51,6 +51,13 @@ def same(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
+def agree(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal; sizes that happen to be equal are held to it by a guard."""
+    if same(a, b):
+        return True
+    return not (free_unbacked_symbols(a) or free_unbacked_symbols(b)) and bool(a == b)
+
+
 def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Whether two shapes are known to be equal, without a guard."""
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
@@ -58,10 +65,15 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of a call to an ATen op by their names in its schema, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = _schema(node)
     named = {a.name: a.default_value for a in schema if a.has_default_value()}
     named.update(zip((a.name for a in schema), node.args, strict=False))
     return {**named, **node.kwargs}
+
+
+def _schema(node: fx.Node) -> Any:
+    assert isinstance(node.target, OpOverload)
+    return node.target._schema.arguments
 
 
 def origin(node: fx.Node) -> Origin:
@@ -88,7 +100,7 @@ def storage_root(node: fx.Node) -> fx.Node:
         if node.target is operator.getitem or is_inert_dropout(node):
             bases = list(node.args[:1])
         elif isinstance(node.target, OpOverload):
-            pairs = zip(node.target._schema.arguments, node.args, strict=False)
+            pairs = zip(_schema(node), node.args, strict=False)
             bases = [x for argument, x in pairs if argument.alias_info is not None]
         else:
             return node
@@ -108,7 +120,7 @@ def mutations(graph: fx.Graph) -> Mapping[fx.Node, list[fx.Node]]:
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for i, argument in enumerate(_schema(node)):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             yield from (x for x in (given if isinstance(given, list | tuple) else [given]) if isinstance(x, fx.Node))

@@ -97,7 +97,7 @@ def _tracing_below_functorch() -> Any:
     Pre-dispatch proxies sit above functorch, where a batched tensor is no node of the graph.
     """
     key = torch._C._TorchDispatchModeKey.PROXY
-    tracer = proxy_tensor.get_proxy_mode().tracer  # type: ignore[union-attr]
+    tracer = _tracer()
     with proxy_tensor._temp_remove_pre_dispatch_torch_function_mode():
         pre_dispatch = torch._ops.unset_mode_pre_dispatch(key)
         try:
@@ -109,7 +109,7 @@ def _tracing_below_functorch() -> Any:
 
 def _carry_whole(op: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Emit a higher-order op as it is: make_fx would run or re-trace it, and fails on checkpoint and flex_attention."""
-    tracer = proxy_tensor.get_proxy_mode().tracer  # type: ignore[union-attr]
+    tracer = _tracer()
     for body in pytree.tree_leaves((args, kwargs)):
         if isinstance(body, fx.GraphModule) and not any(body is known for known in tracer.root.children()):
             tracer.root.register_module(f"body_{len(list(tracer.root.children()))}", body)
@@ -122,6 +122,12 @@ def _carry_whole(op: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str,
                 result = op(*args, **kwargs)
     proxy = tracer.create_proxy("call_function", op, proxy_args, proxy_kwargs)
     return proxy_tensor.track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+
+
+def _tracer() -> Any:
+    mode = proxy_tensor.get_proxy_mode()
+    assert mode is not None, "only called while make_fx traces"
+    return mode.tracer
 
 
 def _mark_requires_grad(graph: fx.Graph, inputs: Sequence[Any]) -> None:

@@ -33,11 +33,12 @@ class Where:
     """`yes` where the condition holds, else `no`."""
 
     condition: sympy.Basic
-    yes: "Value"
-    no: "Value"
+    yes: Any
+    no: Any
 
 
-Value = sympy.Basic | Where
+Value = Any
+"""A sympy expression or a Where (sympy carries no types)."""
 
 
 class WrittenInPlace(Exception):
@@ -146,13 +147,13 @@ def where(condition: sympy.Basic, yes: Value, no: Value) -> Value:
 def as_condition(x: Value) -> sympy.Basic:
     """A value as a truth value, as `tensor.bool()` does it."""
     if isinstance(x, Where):
-        return where(x.condition, as_condition(x.yes), as_condition(x.no))  # type: ignore[return-value]
+        return where(x.condition, as_condition(x.yes), as_condition(x.no))
     return x if is_boolean(x) else sympy.Ne(x, 0)
 
 
 def _as_number(x: Value) -> Value:
     if is_boolean(x):
-        return where(x, sympy.Integer(1), sympy.Integer(0))  # type: ignore[arg-type]
+        return where(x, sympy.Integer(1), sympy.Integer(0))
     return x
 
 
@@ -170,8 +171,8 @@ Arguments = dict[str, Any]
 
 
 def _cast(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
-    source, to = node.args[0], value(node).dtype
-    x = reader.at(source, index)  # type: ignore[arg-type]
+    source, to = a["self"], value(node).dtype
+    x = reader.at(source, index)
     if to == torch.bool:
         return as_condition(x)
     was = value(source).dtype
@@ -189,12 +190,12 @@ def _require_constant(x: sympy.Basic) -> sympy.Basic:
 
 
 def _same_value(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
-    return reader.at(node.args[0], index)  # type: ignore[arg-type]
+    return reader.at(a["self"], index)
 
 
 def _arange(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
     start, step = _number(value(a.get("start", 0))), _number(value(a.get("step", 1)))
-    return start + step * index[0]  # type: ignore[operator]
+    return start + step * index[0]
 
 
 def _constant(number: Any) -> Callable[..., Value]:
@@ -236,7 +237,7 @@ def _floor_divide(reader: TensorReader, node: fx.Node, a: Arguments, index: Inde
 
 
 def _negate(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
-    return _lift(operator.neg, reader.at(node.args[0], index))  # type: ignore[arg-type]
+    return _lift(operator.neg, reader.at(a["self"], index))
 
 
 def _logic(function: Callable[..., Any]) -> Callable[..., Value]:
@@ -302,9 +303,9 @@ def _start(given: Any, size: Any) -> sympy.Expr:
     """A position in a dim, counted from its front."""
     position = value(given)
     if statically_known_true(position >= 0):
-        return _number(position)  # type: ignore[return-value]
+        return _number(position)
     if statically_known_true(position < 0) and statically_known_true(position + size >= 0):
-        return _number(position + size)  # type: ignore[return-value]
+        return _number(position + size)
     raise _Leaf
 
 
@@ -316,7 +317,7 @@ def _permute(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) ->
     else:
         first, second = (a["dim0"] % rank, a["dim1"] % rank) if "dim0" in a else (rank - 2, rank - 1)
         order[first], order[second] = order[second], order[first]
-    return reader.at(node.args[0], tuple(index[order.index(d)] for d in range(rank)))  # type: ignore[arg-type]
+    return reader.at(a["self"], tuple(index[order.index(d)] for d in range(rank)))
 
 
 def _reshape(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
@@ -339,7 +340,7 @@ def _index(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> V
     picked = [reader.operand(given[d], index[first:first + rank]) for d in dims]
     if not all(isinstance(x, sympy.Expr) and x.is_nonnegative for x in picked):
         raise _Leaf  # a negative index counts from the end
-    return reader.at(source, (*index[:first], *picked, *index[first + rank:]))  # type: ignore[arg-type]
+    return reader.at(source, (*index[:first], *picked, *index[first + rank:]))
 
 
 def _pad(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
@@ -393,7 +394,7 @@ def _cumsum(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> 
     x = _as_number(reader.at(a["self"], index))
     if isinstance(x, Where) or index[dim] in x.free_symbols or x.atoms(AppliedUndef):
         raise _Leaf
-    return x * (index[dim] + 1)  # type: ignore[operator]
+    return x * (index[dim] + 1)
 
 
 READERS: Mapping[str, Callable[[TensorReader, fx.Node, Arguments, Index], Value]] = {

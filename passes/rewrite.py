@@ -28,7 +28,7 @@ from sparsify.passes.graph import (
     storage_root,
     value,
 )
-from sparsify.passes.site import TRUE, AttentionSite, ChosenSite, MaskProof, Refused, Scale, SiteRecord
+from sparsify.passes.site import TRUE, AttentionSite, ChosenSite, MaskProof, Outcome, Refused, Scale, SiteRecord
 
 STRIDE_BLIND = {aten.reshape.default, aten.contiguous.default, aten.linear.default, aten.matmul.default}
 RELAYOUTS = {aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default}
@@ -48,17 +48,14 @@ def _rewrite_site(index: int, chosen: ChosenSite | Refused, key_masks: dict[Any,
     if isinstance(chosen, Refused):
         return SiteRecord(index, "refused", chosen.form, chosen.origin.line, chosen.origin.module, chosen.why,
                           chosen.node)
-    site = chosen.site
-    if not chosen.budget.is_dense:
-        _replace(index, chosen, key_masks)
-        outcome, why = "sparse", chosen.how
-    elif site.form == "sdpa" and not site.masks:
-        outcome, why = "kept dense", f"{chosen.how}; scaled_dot_product_attention without a mask is exact and fast"
+    site, why = chosen.site, chosen.how
+    outcome: Outcome = "exact" if chosen.budget.is_dense else "sparse"
+    if outcome == "exact" and site.form == "sdpa" and not site.masks:
+        outcome, why = "kept dense", f"{why}; scaled_dot_product_attention is exact and needs no mask here"
     else:
         _replace(index, chosen, key_masks)
-        outcome, why = "exact", chosen.how
-    return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why,  # type: ignore[arg-type]
-                      site.output.name, str(chosen.mask), str(chosen.bucket), str(chosen.budget))
+    return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why, site.output.name,
+                      str(chosen.mask), str(chosen.bucket), str(chosen.budget))
 
 
 def _replace(index: int, chosen: ChosenSite, key_masks: dict[Any, fx.Node]) -> None:

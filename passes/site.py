@@ -14,6 +14,7 @@ BATCH, HEAD, QUERY, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) fo
 TRUE = sympy.true
 
 Form = Literal["sdpa", "softmax chain", "other"]
+Outcome = Literal["sparse", "exact", "kept dense", "refused"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class SiteRecord:
     """What became of one site, in words. `index` is its place in its graph, and the `site` argument of its op."""
 
     index: int
-    outcome: Literal["sparse", "exact", "kept dense", "refused"]
+    outcome: Outcome
     form: Form
     line: str
     module: str

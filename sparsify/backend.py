@@ -11,7 +11,7 @@ import functools
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ DEVICES = ("cpu", "cuda")
 """Device types that have kernels."""
 
 GRAPHS_PER_BUCKET = 16
-"""Graphs that one bucket may need: grad mode on and off, train and eval, batch 1 and length 1 where a model branches."""
+"""Graphs a bucket may need: grad mode on and off, train and eval, batch 1 and length 1 where a model branches."""
 
 log = logging.getLogger("sparsify")
 
@@ -54,11 +54,12 @@ def compile(model: Any, plan: PlanLike = None, *, dynamic: bool | None = None, f
     Raises PlanError, OptionError, ModelError, DeviceError, each before the model is touched.
     """
     compiler = Backend(_load_plan(plan), *_check_inner(backend, mode, options))
-    settings = {"backend": compiler, "dynamic": True if dynamic is None else dynamic, "fullgraph": fullgraph}
+    settings: dict[str, Any] = {"backend": compiler, "dynamic": True if dynamic is None else dynamic,
+                                "fullgraph": fullgraph}
     if isinstance(model, nn.Module):
         _check_model(model)
         model.compile(**settings)
-        model._compiled_call_impl = _traced_with_config(model._compiled_call_impl, compiler)  # type: ignore[assignment]
+        model._compiled_call_impl = _traced_with_config(model._compiled_call_impl, compiler)
         return model
     if not callable(model):
         raise ModelError(f"model is a {type(model).__name__}. Give an nn.Module, or a callable.")
@@ -108,33 +109,38 @@ def default_plan(values: Sequence[Any]) -> Plan:
     return Plan.default("cuda" if on_cuda else "cpu")
 
 
+def graph_room(plan: Plan | None) -> dict[str, int]:
+    """Recompile limits that leave room for every bucket: at the limit, Dynamo runs eager."""
+    graphs = GRAPHS_PER_BUCKET * len((plan or Plan.default("cpu")).merged().buckets)
+    return {"recompile_limit": graphs, "accumulated_recompile_limit": GRAPHS_PER_BUCKET * graphs}
+
+
 @contextlib.contextmanager
-def tracing_config(plan: Plan | None) -> Any:
-    """Settings under which Dynamo compiles one graph per bucket.
+def tracing_config(room: Mapping[str, int], inputs: Iterable[Any]) -> Any:
+    """Settings under which Dynamo compiles one graph per bucket for a call with these inputs.
 
     Without duck shaping, a batch of 2 and 2 heads do not become one symbol; size-oblivious, a batch of 1 is no graph of
-    its own. The recompile limit leaves room for every bucket: at the limit Dynamo runs eager.
+    its own. A length of 1 is: models branch on it (`is_causal = q_len > 1` must be a bool), and decoding is a graph of
+    its own anyway.
     """
-    from torch._dynamo import config as dynamo
-    from torch.fx.experimental import _config as shapes
-
-    graphs = GRAPHS_PER_BUCKET * len((plan or Plan.default("cpu")).merged().buckets)
-    limits = {name: max(getattr(dynamo, name), room) for name, room in (
-        ("recompile_limit", graphs), ("accumulated_recompile_limit", GRAPHS_PER_BUCKET * graphs))}
-    oblivious = {name: value for name, value in (("use_duck_shape", False), ("backed_size_oblivious", True))
-                 if hasattr(shapes, name)}
-    with dynamo.patch(limits), shapes.patch(oblivious):
+    dynamo: Any = torch._dynamo.config  # `patch` is made at run time
+    shapes: Any = torch.fx.experimental._config
+    limits = {name: max(getattr(dynamo, name), needed) for name, needed in room.items()}
+    one_long = any(1 in x.shape[1:] for x in inputs if isinstance(x, torch.Tensor))
+    with dynamo.patch(limits), shapes.patch(use_duck_shape=False, backed_size_oblivious=not one_long):
         yield
 
 
-def _traced_with_config(call: Callable[..., Any], compiler: Backend) -> Callable[..., Any]:
+def _traced_with_config(call: Any, compiler: Backend) -> Callable[..., Any]:
+    room = graph_room(compiler.plan)
+
     @functools.wraps(call)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with tracing_config(compiler.plan):
+        with tracing_config(room, (*args, *kwargs.values())):
             return call(*args, **kwargs)
 
     # Under an outer torch.compile, Dynamo never enters: it inlines the function behind `_torchdynamo_inline`.
-    traced.sparsify = compiler  # type: ignore[attr-defined]
+    traced.__dict__["sparsify"] = compiler  # what `explain` looks for
     return traced
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from sparsify import ops
-from sparsify.backend import Backend, rewrite_graph, tracing_config
+from sparsify.backend import Backend, graph_room, rewrite_graph, tracing_config
 from sparsify.passes.site import SiteRecord
 
 
@@ -78,7 +78,7 @@ def explain(model: Any, *inputs: Any, **kwargs: Any) -> Explanation:
         return self.forward(*inputs, **kwargs) if isinstance(self, nn.Module) else self(*inputs, **kwargs)
 
     call.__code__ = call.__code__.replace()  # a code object of its own: no graph of an earlier call is reused
-    with tracing_config(plan):
+    with tracing_config(graph_room(plan), (*inputs, *kwargs.values())):
         torch.compile(call, backend=observe, dynamic=True)(function)
     sites = tuple(ExplainedSite(graph, record, density)
                   for graph, pairs in enumerate(ran.values()) for record, density in pairs)
