@@ -1,0 +1,183 @@
+"""The ops against float64 on the same rounded inputs, on whatever device there is."""
+
+import itertools
+
+import pytest
+import torch
+
+from sparsify import ops
+from sparsify.errors import OptionError, ShapeError
+from sparsify.kernels import estimate, gather, native, oracle
+from sparsify.kernels.blocks import KEY_BLOCK, KeptLists, allowed_blocks, count_blocks
+from tests.ops.cases import MASKS, Case, assert_as_good_as_torch, plain_attention
+
+BUDGET = {"max_density": 0.9, "sinks": 1, "local": 1, "singles": 6}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU_PATHS = [
+    pytest.param(native, marks=pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")),
+    pytest.param(gather, id="gather"),
+]
+
+
+@pytest.fixture(params=MASKS, ids=str)
+def case(request, rng, device) -> Case:
+    """Odd sizes, grouped heads, strided views as models pass them, one mask of each kind."""
+    return Case.random(rng, device, *request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_attention_is_as_good_as_torch(case, dtype, poisoned_memory):
+    case = case.to(dtype)
+    out = ops.exact_attention(*case.qkv, case.scale, case.causal_offset, case.key_mask, ops.VERSION)
+    exact, _ = oracle.attention(*case.double().qkv, **case.masks)
+    assert_as_good_as_torch(out, plain_attention(case), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tolerance_zero_drops_nothing(case, dtype, poisoned_memory):
+    case = case.to(dtype)
+    out = ops.adaptive_attention(*case.qkv, case.scale, case.causal_offset, case.key_mask, 0.0, *BUDGET.values(), 0,
+                                 ops.VERSION)
+    exact, _ = oracle.attention(*case.double().qkv, **case.masks)
+    assert_as_good_as_torch(out, plain_attention(case), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_kept_blocks_are_attended(case, dtype, poisoned_memory):
+    case = case.to(dtype)
+    lists = KeptLists(*ops.select_blocks(*case.qkv[:2], case.scale, case.causal_offset, case.key_mask, 0.1,
+                                         *BUDGET.values()))
+    out, lse = ops.block_sparse_attention(*case.qkv, *lists, case.scale, case.causal_offset, case.key_mask)
+    kept = oracle.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
+    exact, exact_lse = oracle.attention(*case.double().qkv, **case.masks, kept=kept)
+    assert_as_good_as_torch(out, plain_attention(case, kept), exact)
+    sees = exact_lse.isfinite()
+    assert torch.equal(lse.isfinite(), sees)
+    torch.testing.assert_close(lse[sees].double(), exact_lse[sees], rtol=1e-5, atol=2e-3 if dtype.itemsize == 2 else 1e-5)
+
+
+def test_a_wrong_offset_is_noticed(rng, device):
+    """The twin of the tests above: they can fail."""
+    case = Case.random(rng, device, 200, 200, 0, None)
+    out = ops.exact_attention(*case.qkv, case.scale, 1, None, ops.VERSION)
+    exact, _ = oracle.attention(*case.double().qkv, **case.masks)
+    with pytest.raises(AssertionError):
+        assert_as_good_as_torch(out, plain_attention(case), exact)
+
+
+@pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.5])
+def test_selection_follows_the_rule(case, tolerance):
+    lists = KeptLists(*ops.select_blocks(*case.qkv[:2], case.scale, case.causal_offset, case.key_mask, tolerance,
+                                         *BUDGET.values()))
+    q, k, _ = case.double().qkv
+    peaks = oracle.peaks(oracle.estimated_shares(q, k, singles=6, **case.masks))
+    sizes = {"q_len": q.shape[2], "kv_len": k.shape[2], "causal_offset": case.causal_offset, "key_mask": case.key_mask}
+    budget = {name: BUDGET[name] for name in ("sinks", "local")}
+    kept = oracle.unpack(lists, peaks.shape[3])
+    allowed = allowed_blocks(q.shape[2], k.shape[2], case.causal_offset, case.key_mask, q.device)[:, None]
+    # float32 against float64: a peak may fall on the other side only within rounding of the tolerance.
+    band = 1e-4
+    surely = oracle.keep(peaks, **sizes, **budget, tolerance=tolerance + band, max_density=1.0)
+    perhaps = oracle.keep(peaks, **sizes, **budget, tolerance=tolerance - band, max_density=1.0)
+    assert not (surely & ~kept).any(), "a block above the tolerance was dropped"
+    extra = (kept & ~perhaps).sum(-1)  # evening out adds one block, max_density all of them
+    nearly_all = perhaps.sum(-1) > BUDGET["max_density"] * allowed.sum(-1)
+    assert ((extra <= 1) | nearly_all).all(), "a block below the tolerance was kept"
+    assert not (kept & ~allowed).any()
+    assert (lists.counts % 2 == 0).all() and (lists.counts >= 2).all()
+
+
+@pytest.mark.parametrize("path", CPU_PATHS)
+def test_cpu_paths_agree_with_the_definition(path, rng, poisoned_memory):
+    for shape in MASKS:
+        case = Case.random(rng, torch.device("cpu"), *shape)
+        select = native if path is native else estimate
+        lists = select.select_blocks(*case.qkv[:2], **case.masks, tolerance=0.1, **BUDGET)
+        out, _ = path.block_sparse_attention(*case.qkv, *lists, **case.masks)
+        kept = oracle.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
+        exact, _ = oracle.attention(*case.double().qkv, **case.masks, kept=kept)
+        assert_as_good_as_torch(out, plain_attention(case, kept), exact)
+        peaks = select.estimated_peaks(*case.qkv[:2], **case.masks, singles=6)
+        shares = oracle.estimated_shares(*case.double().qkv[:2], **case.masks, singles=6)
+        torch.testing.assert_close(peaks.double(), oracle.peaks(shares), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("head_dims", [(16, 16), (17, 19), (80, 80), (128, 64), (256, 256)], ids=str)
+def test_head_dims(head_dims, rng, device):
+    case = Case.random(rng, device, 130, 200, 70, None, head_dims=head_dims)
+    out = ops.adaptive_attention(*case.qkv, case.scale, 70, None, 0.0, *BUDGET.values(), 0, ops.VERSION)
+    exact, _ = oracle.attention(*case.double().qkv, **case.masks)
+    assert_as_good_as_torch(out, plain_attention(case), exact)
+
+
+def test_nan_is_not_swallowed(rng, device):
+    case = Case.random(rng, device, 200, 200, 0, None)
+    case.q[:, :, 150] = torch.nan
+    out = ops.adaptive_attention(*case.qkv, case.scale, 0, None, 0.05, *BUDGET.values(), 0, ops.VERSION)
+    assert out[:, :, 150].isnan().all()
+    assert not out[:, :, :150].isnan().any() and not out[:, :, 151:].isnan().any()
+
+
+def test_library_registration(rng, device):
+    """Fakes tell the truth about shapes, dtypes and strides; schemas hold (torch.library.opcheck)."""
+    for (q_len, kv_len, offset, padding), strided in itertools.product(MASKS[:4], (True, False)):
+        case = Case.random(rng, device, q_len, kv_len, offset, padding, strided=strided)
+        tail = (case.scale, case.causal_offset, case.key_mask)
+        budget = (0.05, *BUDGET.values())
+        torch.library.opcheck(ops.exact_attention, (*case.qkv, *tail, ops.VERSION))
+        torch.library.opcheck(ops.adaptive_attention, (*case.qkv, *tail, *budget, 0, ops.VERSION))
+        torch.library.opcheck(ops.select_blocks, (*case.qkv[:2], *tail, *budget))
+        lists = ops.select_blocks(*case.qkv[:2], *tail, *budget)
+        torch.library.opcheck(ops.block_sparse_attention, (*case.qkv, *lists, *tail))
+
+
+def test_counters_count_only_when_asked(rng, device):
+    case = Case.random(rng, device, 1000, 1000, 0, None)
+    call = (*case.qkv, case.scale, 0, None, 0.3, *BUDGET.values(), 7, ops.VERSION)
+    ops.adaptive_attention(*call)
+    with ops.counting() as counters:
+        assert counters.density(7) is None
+        ops.adaptive_attention(*call)
+    density = counters.density(7)
+    ops.adaptive_attention(*call[:-2], 8, ops.VERSION)
+    assert counters.sites() == [7]
+
+    lists = ops.select_blocks(*case.qkv[:2], case.scale, 0, None, 0.3, *BUDGET.values())
+    kept = oracle.unpack(KeptLists(*lists), count_blocks(1000, KEY_BLOCK))
+    allowed = allowed_blocks(1000, 1000, 0, None, device).sum() * case.q.shape[0] * case.q.shape[1]
+    assert density == pytest.approx((kept.sum() / allowed).item())
+    assert 0 < density < 1
+
+
+def _arguments(**changed):
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    arguments = {"q": q, "k": k, "v": v, "scale": 1.0, "causal_offset": 1, "key_mask": None, "tolerance": 0.1,
+                 **BUDGET, "site": 0, "version": ops.VERSION}
+    return {**arguments, **changed}
+
+
+@pytest.mark.parametrize(("changed", "error", "words"), [
+    ({"q": torch.randn(2, 5, 8)}, ShapeError, "q has shape"),
+    ({"q": torch.randn(2, 3, 5, 8)}, ShapeError, "multiple of KV heads"),
+    ({"q": torch.randn(2, 4, 0, 8)}, ShapeError, "length 0"),
+    ({"k": torch.randn(2, 2, 6, 8, dtype=torch.float64)}, ShapeError, "Cast q, k and v"),
+    ({"k": torch.randn(1, 2, 6, 8)}, ShapeError, "batch 1"),
+    ({"k": torch.randn(2, 2, 6, 9)}, ShapeError, "head dim 9"),
+    ({"v": torch.randn(2, 2, 7, 8)}, ShapeError, "v has shape"),
+    ({"key_mask": torch.ones(2, 6)}, ShapeError, "key_mask is torch.float32"),
+    ({"key_mask": torch.ones(3, 6, dtype=torch.bool)}, ShapeError, "batch 3"),
+    ({"tolerance": 1.5}, OptionError, "tolerance is 1.5"),
+    ({"tolerance": float("nan")}, OptionError, "tolerance is nan"),
+])
+def test_mistakes_are_named(changed, error, words):
+    with pytest.raises(error, match=words):
+        ops.adaptive_attention(**_arguments(**changed))
+    ops.adaptive_attention(**_arguments())  # the twin: nothing is wrong
+
+
+def test_lists_of_another_shape_are_refused():
+    a = _arguments()
+    q, k, v = a["q"], a["k"], a["v"]
+    kept, counts = ops.select_blocks(q, k, 1.0, 1, None, 0.1, *BUDGET.values())
+    with pytest.raises(ShapeError, match="make them with select_blocks"):
+        ops.block_sparse_attention(q, k, v, kept[..., :-1], counts, 1.0, 1, None)
