@@ -136,8 +136,8 @@ def _mask_scores(scores, pair, last_key, columns, BLOCK: gl.constexpr):
 
 @gluon.jit
 def _attend_pair(q_tile, k_tiles, v_tiles, bars, zero, weights, acc, peak, total, step, scale_log2, pair, last_key,
-                 columns, STAGES: gl.constexpr, BLOCK: gl.constexpr, weights_layout: gl.constexpr,
-                 acc_rows: gl.constexpr, MASKED: gl.constexpr):
+                 columns, masked, STAGES: gl.constexpr, BLOCK: gl.constexpr, weights_layout: gl.constexpr,
+                 acc_rows: gl.constexpr):
     """Scores of the next K tile while the product of the previous weights with their V tile runs; then the softmax."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty, mail_full, mail_empty = bars
     v_stage = step % STAGES
@@ -150,7 +150,7 @@ def _attend_pair(q_tile, k_tiles, v_tiles, bars, zero, weights, acc, peak, total
     acc = warpgroup_mma(weights, v_tiles.index(v_stage), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    if MASKED:
+    if masked:
         scores = _mask_scores(scores, pair, last_key, columns, BLOCK)
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
     shrink = gl.exp2(peak - new_peak)
@@ -225,15 +225,10 @@ def _warpgroup(WARPGROUP: gl.constexpr, out, lse, q_tiles, k_tiles, v_tiles, out
         last_key = _last_keys(block, rows, query_blocks, S, offset, ROWS)
         seen_whole = gl.minimum(first_row + offset, S - 1)
         end = ((before >> 32).to(gl.int32) + 1) * BLOCK
-        masked = gl.minimum(gl.where(end - 1 > seen_whole, 2, 1), pairs)
-        for _ in range(1, masked):
+        for pair in range(1, pairs):
             weights, acc, peak, total, step = _attend_pair(
                 q_tile, k_tiles, v_tiles, bars, zero, weights, acc, peak, total, step, scale_log2, before, last_key,
-                columns, STAGES, BLOCK, weights_layout, acc_rows, True)
-        for _ in range(masked, pairs):
-            weights, acc, peak, total, step = _attend_pair(
-                q_tile, k_tiles, v_tiles, bars, zero, weights, acc, peak, total, step, scale_log2, before, last_key,
-                columns, STAGES, BLOCK, weights_layout, acc_rows, False)
+                columns, (pair == 1) & (end - 1 > seen_whole), STAGES, BLOCK, weights_layout, acc_rows)
         mbarrier.arrive(q_empty.index(turn & 1), count=1)
 
         # The first scores of the next query block with the last product of this one. Behind the last query block
