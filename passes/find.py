@@ -239,8 +239,7 @@ def _complete(site: AttentionSite, product: fx.Node, writes: _Writes) -> Attenti
         return refuse(f"query, key and value have batches {batch}, {key_batch} and {value_batch}")
     if not agree(kv_heads, value_heads):
         return refuse(f"{kv_heads} key heads but {value_heads} value heads")
-    whole_groups = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
-    if not (whole_groups or agree(heads, kv_heads)):
+    if not agree(heads % kv_heads, 0):
         return refuse(f"{heads} query heads cannot share {kv_heads} key heads evenly")
     if not (agree(dim, key_dim) and agree(kv_len, value_len)):
         return refuse(f"key {shape(key)} does not fit query {shape(site.query)} and value {shape(site.value)}")

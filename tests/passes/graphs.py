@@ -1,0 +1,91 @@
+"""Graphs for pass tests: capture a function as the backend sees it, and watch what a rewritten one hands to the ops."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsify.backend import graph_room, tracing_config
+from sparsify.passes import AttentionSite, Refused, SiteRecord, find_attention, normalise, run
+from sparsify.plan import Plan
+
+
+def compiled(function: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """`function` through Dynamo under the settings of `sparsify.compile`."""
+    torch._dynamo.reset()
+    call = torch.compile(function, backend=backend, fullgraph=True, **{"dynamic": True, **settings})
+
+    def traced(*inputs: Any) -> Any:
+        with tracing_config(graph_room(None), inputs):
+            return call(*inputs)
+
+    return traced
+
+
+def capture(function: Callable[..., Any], *inputs: Any, **settings: Any) -> fx.GraphModule:
+    """The normalised graph of `function(*inputs)`."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(normalise(gm, example_inputs))
+        return gm.forward
+
+    compiled(function, backend, **settings)(*inputs)
+    return graphs[-1]
+
+
+def find(function: Callable[..., Any], *inputs: Any) -> list[AttentionSite | Refused]:
+    """The sites of `function(*inputs)`."""
+    found: list[AttentionSite | Refused] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        found[:] = find_attention(normalise(gm, example_inputs))
+        return gm.forward
+
+    compiled(function, backend)(*inputs)
+    return found
+
+
+@dataclass
+class Rewritten:
+    """A function that runs rewritten, its last records and its graph."""
+
+    call: Callable[..., Any]
+    records: list[SiteRecord]
+    graphs: list[fx.GraphModule]
+
+
+def rewritten(function: Callable[..., Any], plan: Plan | None = None, **settings: Any) -> Rewritten:
+    """`function` under `plan` (dense unless given)."""
+    result = Rewritten(function, [], [])
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graph, result.records[:] = run(gm, example_inputs, plan or Plan.dense())
+        result.graphs.append(graph)
+        return graph.forward
+
+    result.call = compiled(function, backend, **settings)
+    return result
+
+
+class OpArguments(TorchDispatchMode):
+    """Records the arguments of every sparsify op that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sparsify":
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+def qkv(q_len: int, kv_len: int | None = None, batch: int = 2, heads: int = 4, kv_heads: int | None = None,
+        dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Random queries, keys and values."""
+    kv_shape = (batch, kv_heads or heads, kv_len or q_len, dim)
+    return torch.randn(batch, heads, q_len, dim), torch.randn(kv_shape), torch.randn(kv_shape)
