@@ -6,11 +6,11 @@ compiled and not changed.
 """
 
 import inspect
-import math
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from sparsify import __version__
 from sparsify.backend import compile
-from sparsify.errors import ModelError, OptionError, TextError
+from sparsify.errors import DeviceError, ModelError, OptionError, TextError
 from sparsify.explanation import explain
 from sparsify.plan import Bucket, Plan, resolve_plan
 from sparsify.report import Report, Row
@@ -57,22 +58,21 @@ def benchmark(model: nn.Module, text: str | Tensor, lengths: Sequence[int] | Non
     """
     model = getattr(model, "_orig_mod", model)
     device, dtype = _device_and_dtype(model)
+    _check_compiler(device)
     plan = resolve_plan(plan, device.type)
     lengths = _check_lengths(lengths, device, model)
     if repeats < 1:
         raise OptionError(f"repeats is {repeats}. Give at least 1.")
     tell = progress or (lambda line: None)
     tell("reading the text")
-    ids = (_encode(text, tokenizer or _tokenizer_of(model)) if isinstance(text, str) else text).to(device)
+    ids = (encode(text, tokenizer or _tokenizer_of(model)) if isinstance(text, str) else text).to(device)
     if ids.dim() != 1 or ids.numel() < lengths[-1]:
         raise TextError(f"text has {ids.numel()} tokens and the longest length is {lengths[-1]}. "
                         "Give a longer text, or shorter lengths.")
 
-    dense, sparse = _Side(model), _Side(model)
-    dense.compile(dynamic=True)
-    compile(sparse, plan)
+    dense, sparse = compile_sides(model, plan)
     rows = []
-    with _measuring(model):
+    with measuring(model):
         for place, length in enumerate(lengths, start=1):
             def tell_step(step: str, where: str = f"[{place}/{len(lengths)}] {length} tokens") -> None:
                 tell(f"{where}: {step}")
@@ -80,10 +80,10 @@ def benchmark(model: nn.Module, text: str | Tensor, lengths: Sequence[int] | Non
             rows.append(_measure(dense, sparse, _windows(ids, length), plan.bucket_of(length), repeats, tell_step))
             tell_step(f"dense {rows[-1].dense_ms:.1f} ms, sparse {rows[-1].sparse_ms:.1f} ms, "
                       f"{rows[-1].speedup:.2f}x, KL {rows[-1].kl:.5f}")
-    return Report(_environment(device, dtype), _describe(model, dtype, name), plan, tuple(rows))
+    return Report(_environment(device), _describe(model, dtype, name), plan, tuple(rows))
 
 
-class _Side(nn.Module):
+class Side(nn.Module):
     """Token ids to logits through a model that stays as it is; compiling a side compiles no more than the side."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -93,8 +93,55 @@ class _Side(nn.Module):
         self._options = {"use_cache": False} if without_cache else {}
 
     def forward(self, ids: Tensor) -> Tensor:
+        """ids [batch, length] to logits [batch, length, vocabulary]."""
         output = self.model.forward(ids, **self._options)  # not __call__: the model may be compiled itself
         return output if isinstance(output, Tensor) else output.logits
+
+
+def compile_sides(model: nn.Module, plan: Plan) -> tuple[Side, Side]:
+    """The dense and the sparse side of a model, each compiled for any length at its first call."""
+    dense, sparse = Side(model), Side(model)
+    dense.compile(dynamic=True)
+    compile(sparse, plan)
+    return dense, sparse
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, undone at the end; a graph that stops being compiled is an error, not a slow run."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+                platform.processor() or platform.machine())
+
+
+def checkout_commit() -> str | None:
+    """The commit of the checkout that this file is in, "-dirty" if it was edited since; None for an installed copy."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12",
+                                    "--exclude=*"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
 
 
 @dataclass
@@ -122,7 +169,7 @@ class _Quality:
         self.positions += len(ids)
 
 
-def _measure(dense: _Side, sparse: _Side, windows: list[Tensor], bucket: Bucket, repeats: int,
+def _measure(dense: Side, sparse: Side, windows: list[Tensor], bucket: Bucket, repeats: int,
              tell: Callable[[str], None]) -> Row:
     tell("compiling and comparing the logits")
     quality = _Quality()
@@ -144,9 +191,9 @@ def _measure(dense: _Side, sparse: _Side, windows: list[Tensor], bucket: Bucket,
     )
 
 
-def _time_in_turns(dense: _Side, sparse: _Side, ids: Tensor, repeats: int) -> tuple[float, float]:
+def _time_in_turns(dense: Side, sparse: Side, ids: Tensor, repeats: int) -> tuple[float, float]:
     """Median seconds of each side; who goes first changes from turn to turn, so that neither gains by it."""
-    times: dict[_Side, list[float]] = {dense: [], sparse: []}
+    times: dict[Side, list[float]] = {dense: [], sparse: []}
     order = [dense, sparse]
     while len(times[sparse]) < repeats or min(map(sum, times.values())) < MEASURED_SECONDS:
         for side in order:
@@ -155,7 +202,7 @@ def _time_in_turns(dense: _Side, sparse: _Side, ids: Tensor, repeats: int) -> tu
     return statistics.median(times[dense]), statistics.median(times[sparse])
 
 
-def _seconds(side: _Side, ids: Tensor) -> float:
+def _seconds(side: Side, ids: Tensor) -> float:
     _synchronise(ids.device)
     start = time.perf_counter()
     side(ids)
@@ -163,7 +210,7 @@ def _seconds(side: _Side, ids: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _attention_share(dense: _Side, ids: Tensor) -> float | None:
+def _attention_share(dense: Side, ids: Tensor) -> float | None:
     """Share of one dense run that its SDPA calls take; None where there are none, as in hand-written attention."""
     on_cuda = ids.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
@@ -180,25 +227,12 @@ def _attention_share(dense: _Side, ids: Tensor) -> float | None:
     return sum(event.cpu_time_total for event in calls) / (1e6 * elapsed)
 
 
-def _density(sparse: _Side, ids: Tensor, bucket: Bucket) -> float:
+def _density(sparse: Side, ids: Tensor, bucket: Bucket) -> float:
     """Kept share of the allowed blocks, mean over all attention sites; what did not run sparse kept all."""
     if all(budget.is_dense for budget in (bucket.budget, *bucket.sites.values())):
         return 1.0
     densities = [1.0 if site.density is None else site.density for site in explain(sparse, ids).sites]
     return statistics.mean(densities) if densities else 1.0
-
-
-@contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, undone at the end; a graph that stops being compiled is an error, not a slow run."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _windows(ids: Tensor, length: int) -> list[Tensor]:
@@ -209,7 +243,7 @@ def _windows(ids: Tensor, length: int) -> list[Tensor]:
 
 
 def _check_lengths(lengths: Sequence[int] | None, device: torch.device, model: nn.Module) -> list[int]:
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None) or math.inf
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None) or sys.maxsize
     if lengths is None:
         lengths = [length for length in LENGTHS.get(device.type, LENGTHS["cpu"]) if length <= most]
     if not lengths or min(lengths) < 1:
@@ -227,6 +261,18 @@ def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     raise ModelError("model has no floating-point parameter, so its device is not known. Give a language model.")
 
 
+def _check_compiler(device: torch.device) -> None:
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise DeviceError("device is cpu and torch.compile finds no C++ compiler. Install g++, or set CXX.") from error
+
+
 def _tokenizer_of(model: nn.Module) -> Any:
     from sparsify.models.loading import load_tokenizer
 
@@ -236,7 +282,8 @@ def _tokenizer_of(model: nn.Module) -> Any:
     return load_tokenizer(place)
 
 
-def _encode(text: str, tokenizer: Any) -> Tensor:
+def encode(text: str, tokenizer: Any) -> Tensor:
+    """Token ids [tokens] of a text of any length, nothing added."""
     pieces = [text[start:start + ENCODE_PIECE] for start in range(0, len(text), ENCODE_PIECE)]
     encoded = tokenizer(pieces, add_special_tokens=False)["input_ids"] if pieces else []
     return torch.tensor([token for piece in encoded for token in piece], dtype=torch.long)
@@ -259,11 +306,10 @@ def _describe(model: nn.Module, dtype: torch.dtype, name: str | None) -> dict[st
     }
 
 
-def _environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    on_cuda = device.type == "cuda"
+def _environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.machine()}",
@@ -271,8 +317,8 @@ def _environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
-        "sparsify": _version("sparsify-attention"),
-        "commit": _commit(),
+        "sparsify": __version__,
+        "commit": checkout_commit(),
     }
 
 
@@ -281,25 +327,3 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor() or platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file is in; None for an installed copy."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        described = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12",
-                                    "--exclude=*"], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip()

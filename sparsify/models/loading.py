@@ -82,6 +82,9 @@ def _locate(name: str | Path) -> tuple[str, dict[str, str]]:
             return str(path), {"gguf_file": files[0].name}
         raise ModelError(f"model {str(name)!r} holds no config.json and {len(files)} GGUF files. "
                          "Give a Hugging Face model folder, or the path of one GGUF file.")
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise ModelError(f"model {str(name)!r} does not exist. Give a model folder, a GGUF file, or the id of a model "
+                         "in the local Hugging Face cache.")
     return str(name), {}
 
 

@@ -1,0 +1,38 @@
+# From a fresh Linux machine with Python >= 3.11: `make bench` measures, `make test` checks. Both set .venv up first.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: bench test test-slow test-gpu lint clean help
+
+help:
+	@echo "make bench      measure the shipped model before and after: report.json, report.md"
+	@echo "make test       the tests that need neither a GPU nor minutes"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove the environment and what was built"
+
+bench: $(READY)
+	@$(BIN)/sparsify bench
+
+test: $(READY)
+	@$(BIN)/python -m pytest -q
+
+test-slow: $(READY)
+	@$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(READY)
+	@$(BIN)/python -m pytest -q -m gpu
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+$(READY): pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,58 @@
+"""Does retrieval survive? Exact match of key-value lookup and copying, dense and sparse, per length.
+
+    python -m benchmarks.retrieval                    every length, 100 queries each: hours on two CPU cores
+    python -m benchmarks.retrieval 512 4096           some lengths
+    python -m benchmarks.retrieval 16384 --queries 24
+
+Writes results/retrieval-cpu.json (or -cuda) and records how many points the sparse side is behind.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.figures import Figure, record
+from sparsify.measurement import Side, checkout_commit, compile_sides, device_name, measuring
+from sparsify.models.loading import TINY_LM, load_model
+from sparsify.models.tasks import Rows, exact_match, retrieval_rows
+from sparsify.plan import Plan
+
+RESULTS = Path(__file__).with_name("results")
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+QUERIES_PER_ROW = {"kv": 4, "copy": 2}
+
+
+def main() -> None:
+    """Measure, save, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lengths", type=int, nargs="*", default=LENGTHS)
+    parser.add_argument("--queries", type=int, default=100)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32).model
+    dense, sparse = compile_sides(model, Plan.default(device))
+    where = f"{device_name(torch.device(device))}, {torch.get_num_threads()} threads"
+    entries: list[dict[str, Any]] = []
+    with measuring(model):
+        for length in options.lengths:
+            for kind, per_row in QUERIES_PER_ROW.items():
+                rows = retrieval_rows(TINY_LM, kind, length, math.ceil(options.queries / per_row))
+                (before, queries), (after, _) = (_exact_match(side, rows, device) for side in (dense, sparse))
+                print(f"{kind} at {length}: dense {before:.3f}, sparse {after:.3f} of {queries} queries", flush=True)
+                entries.append({"kind": kind, "length": length, "queries": queries, "dense": before, "sparse": after})
+                record(Figure("line", f"{kind} at {length}, points behind dense", 100 * (before - after), "<= 1",
+                              "points", where, "python -m benchmarks.retrieval"))
+    facts = {"where": where, "torch": torch.__version__, "commit": checkout_commit(), "rows": entries}
+    (RESULTS / f"retrieval-{device}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _exact_match(side: Side, rows: Rows, device: str) -> tuple[float, int]:
+    return exact_match(lambda ids: side(ids.to(device)), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The command line: `sparsify bench`, `sparsify explain`, `sparsify plan show`.
+
+Results go to stdout, everything else to stderr. A caller's mistake is one line and exit code 2.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from sparsify.errors import DeviceError, ModelError, OptionError, SparsifyError, TextError
+from sparsify.plan import Plan, resolve_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparsify.models.loading import Loaded
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Device(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class _Group(TyperGroup):
+    """Commands whose SparsifyError ends as one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SparsifyError as error:
+            console.print(f"error: {error}", markup=False)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Adaptive sparse attention for any PyTorch model, as a torch.compile pass.")
+plan_app = typer.Typer(no_args_is_help=True, help="Plans: which budget holds for which key length.")
+app.add_typer(plan_app, name="plan")
+
+ModelOption = Annotated[str | None, typer.Option(
+    "--model", metavar="PATH_OR_ID", show_default="the shipped tiny-lm",
+    help="Hugging Face model folder, GGUF file, or id of a model in the local cache.")]
+TextOption = Annotated[Path | None, typer.Option(
+    "--text", metavar="FILE", show_default="the shipped held-out text", help="UTF-8 text to run on.")]
+DeviceOption = Annotated[Device | None, typer.Option("--device", show_default="cuda if there is one")]
+DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", show_default="float32 on cpu, bfloat16 on cuda")]
+PlanOption = Annotated[Path | None, typer.Option(
+    "--plan", metavar="FILE", show_default="the default plan of the device", help="Plan file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def bench(
+    model: ModelOption = None,
+    text: TextOption = None,
+    lengths: Annotated[str | None, typer.Option(
+        metavar="N,N,...", show_default="512 to 16384 on cpu, 2048 to 32768 on cuda",
+        help="Lengths in tokens.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for report.json and report.md.")] = Path("."),
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    plan: PlanOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model before and after: time, density and quality per length."""
+    numbers = None if lengths is None else _parse_lengths(lengths)
+    loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan)
+    from sparsify.measurement import benchmark
+
+    with _progress() as tell:
+        report = benchmark(loaded.model, words, numbers, tokenizer=loaded.tokenizer, plan=chosen_plan,
+                           name=loaded.name, progress=tell)
+    try:
+        report.save(out)
+    except OSError as error:
+        raise OptionError(f"out is {str(out)!r} and cannot be written ({error.strerror}). Give a folder.") from error
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    console.print(f"wrote {out / 'report.json'} and {out / 'report.md'}", markup=False)
+
+
+@app.command()
+def explain(
+    model: ModelOption = None,
+    text: TextOption = None,
+    length: Annotated[int, typer.Option(help="Tokens of text to run on.")] = 4096,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    plan: PlanOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what becomes of each attention of a model, and why."""
+    loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan)
+    import torch
+
+    from sparsify.backend import compile
+    from sparsify.explanation import explain as explain_model
+    from sparsify.measurement import encode
+
+    ids = encode(words, loaded.tokenizer)[:length]
+    if length < 1 or len(ids) < length:
+        raise TextError(f"text has {len(ids)} tokens and length is {length}. Give a longer text, or a length from 1.")
+    with _progress() as tell, torch.no_grad():
+        tell("tracing")
+        compile(loaded.model, chosen_plan)
+        explanation = explain_model(loaded.model, ids[None].to(next(loaded.model.parameters()).device))
+    typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
+
+
+@plan_app.command()
+def show(
+    file: Annotated[Path | None, typer.Argument(show_default="the default plan")] = None,
+    device: Annotated[Device, typer.Option(help="Device of the default plan.")] = Device.CPU,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a plan file and print it."""
+    plan = Plan.default(device.value) if file is None else Plan.load(file)
+    typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
+
+
+def _prepare(model: str | None, text: Path | None, device: Device | None, dtype: Dtype | None,
+             plan: Path | None) -> "tuple[Loaded, Plan, str]":
+    """What bench and explain run on. What is cheap to refuse is refused before torch is imported."""
+    loaded_plan = None if plan is None else Plan.load(plan)
+    try:
+        from transformers.utils.logging import disable_progress_bar
+
+        from sparsify.models.loading import HELDOUT_TEXT, load_model, read_text
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{error.name} is missing. Loading models needs: "
+                         "pip install 'sparsify-attention[models]'") from error
+    words = read_text(text or HELDOUT_TEXT)
+    place = _find_device(device)
+    disable_progress_bar()
+    loaded = load_model(model, device=place, dtype=_find_dtype(dtype, place))
+    return loaded, resolve_plan(loaded_plan, place), words
+
+
+def _find_device(device: Device | None) -> str:
+    import torch
+
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise DeviceError("device is 'cuda' and torch finds no CUDA device here. Use --device cpu.")
+    return device.value if device else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _find_dtype(dtype: Dtype | None, device: str) -> "torch.dtype":
+    import torch
+
+    return getattr(torch, dtype or {"cpu": Dtype.FLOAT32, "cuda": Dtype.BFLOAT16}[device])
+
+
+def _parse_lengths(lengths: str) -> list[int]:
+    try:
+        return [int(length) for length in lengths.split(",")]
+    except ValueError as error:
+        raise OptionError(f"lengths is {lengths!r}. Give whole numbers with commas between: 512,2048,8192.") from error
+
+
+class _LogLines(logging.Handler):
+    """The log of sparsify, above whatever shows progress."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(record.getMessage(), markup=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Progress on stderr: a moving line on a terminal, plain lines elsewhere; and the log of what is compiled."""
+    log, handler = logging.getLogger("sparsify"), _LogLines(logging.INFO)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        if console.is_terminal:
+            with console.status("starting") as status:
+                yield status.update
+        else:
+            yield lambda line: console.print(line, markup=False)
+    finally:
+        log.removeHandler(handler)

@@ -1,0 +1,85 @@
+"""The arrow of imports: kernels <- ops <- passes <- the rest; plan and errors are leaves; Triton only in kernels."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RANKS = {"kernels": 0, "ops": 1, "passes": 2}
+LEAVES = {"errors", "plan"}
+REST = 3
+
+CORE = {"torch", "packaging", "sympy", "sparsify"}  # sympy comes with torch and speaks for its symbolic shapes
+EXTRAS = {
+    "cli.py": {"typer", "rich", "transformers"},
+    "models/loading.py": {"transformers"},
+    "models/tasks.py": {"numpy", "tokenizers"},
+}
+LAUNCHERS = {"kernels/statistics.py", "kernels/select.py", "kernels/attend.py", "kernels/hopper.py"}
+
+SOURCES = {
+    path.relative_to(ROOT / "sparsify").as_posix(): ROOT / "sparsify" / path.relative_to(ROOT / "sparsify")
+    for folder in ("", "ops", "passes", "kernels", "models")
+    for path in sorted((ROOT / "sparsify" / folder).glob("*.py"))
+}
+
+
+def imported(path: Path) -> list[tuple[str, bool]]:
+    """Modules that a file imports, and whether as soon as it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    at_once = set(tree.body)
+    found: list[tuple[str, bool]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node in at_once) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import; write sparsify.<module>"
+            assert node.module is not None
+            if node.module in ("sparsify", "sparsify.kernels"):
+                found += [(f"{node.module}.{alias.name}", node in at_once) for alias in node.names]
+            else:
+                found.append((node.module, node in at_once))
+    return found
+
+
+def rank(module: str) -> int:
+    """Layer of a module of sparsify, by its dotted or slashed name without `sparsify.`."""
+    return RANKS.get(module.replace("/", ".").split(".")[0], REST)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_point_down(name):
+    own = name.removesuffix(".py")
+    for module, _ in imported(SOURCES[name]):
+        if not module.startswith("sparsify."):
+            continue
+        target = module.removeprefix("sparsify.").split(".")[0]
+        if target in LEAVES or target.startswith("__"):
+            continue
+        assert own not in LEAVES, f"{name} is a leaf and imports {module}"
+        assert rank(target) <= rank(own), f"{name} imports {module}, which is above it"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_declared_packages_are_imported(name):
+    allowed = CORE | set(sys.stdlib_module_names) | EXTRAS.get(name, set())
+    allowed |= {"triton"} if name in LAUNCHERS else set()
+    foreign = {module.split(".")[0] for module, _ in imported(SOURCES[name])} - allowed
+    assert not foreign, f"{name} imports {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("name", set(SOURCES) - LAUNCHERS)
+def test_launchers_are_imported_when_a_cuda_op_runs_not_before(name):
+    modules = {launcher.removesuffix(".py").replace("/", ".") for launcher in LAUNCHERS}
+    early = [module for module, at_once in imported(SOURCES[name])
+             if at_once and module.removeprefix("sparsify.") in modules]
+    assert not early
+
+
+def test_import_sparsify_is_cheap():
+    code = "import sys, sparsify; print(*{'torch', 'triton', 'transformers', 'typer', 'numpy'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.split() == []

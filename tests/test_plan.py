@@ -1,0 +1,144 @@
+"""Plans: what is written is read back, and what cannot be meant is refused in words."""
+
+import json
+
+import pytest
+
+from sparsify.errors import PlanError
+from sparsify.plan import SCHEMA, Bucket, Budget, Plan, resolve_plan
+
+DENSE = Budget.dense()
+THREE = Plan(
+    (Bucket(1, 4096, DENSE), Bucket(4096, 16384, Budget(0.02), {0: DENSE, 3: Budget(0.01)}),
+     Bucket(16384, None, Budget(0.05, max_density=0.5, sinks=2, local=3, singles=4))),
+    name="three", fingerprint={"device": "cpu"},
+)
+
+
+@pytest.mark.parametrize("plan", [Plan.dense(), Plan.default("cpu"), Plan.default("cuda"), THREE], ids=lambda p: p.name)
+def test_a_saved_plan_is_read_back_equal(plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert Plan.load(tmp_path / "plan.json").hash == plan.hash
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize(("length", "bucket"), [(1, 0), (4095, 0), (4096, 1), (16383, 1), (16384, 2), (10**9, 2)])
+def test_every_length_has_one_bucket(length, bucket):
+    assert THREE.bucket_of(length) is THREE.buckets[bucket]
+    assert [length in b for b in THREE.buckets].count(True) == 1
+
+
+def test_sites_override_the_budget_of_a_bucket():
+    assert THREE.buckets[1].budget_of(0) == DENSE
+    assert THREE.buckets[1].budget_of(1) == Budget(0.02)
+    assert THREE.buckets[1].budget_of(3) == Budget(0.01)
+
+
+def test_equal_neighbours_merge_and_others_do_not():
+    plan = Plan((Bucket(1, 10, DENSE), Bucket(10, 20, DENSE), Bucket(20, 30, Budget(0.1)),
+                 Bucket(30, None, Budget(0.1), {0: DENSE})))
+    assert [(b.lo, b.hi) for b in plan.merged().buckets] == [(1, 20), (20, 30), (30, None)]
+
+
+def test_the_hash_follows_everything_but_the_name():
+    def changed(**changes):
+        return Plan.from_dict({**THREE.to_dict(), **changes}).hash
+
+    assert changed(name="other") == THREE.hash
+    assert changed(fingerprint={"device": "cuda"}) != THREE.hash
+    assert changed(buckets=Plan.dense().to_dict()["buckets"]) != THREE.hash
+    assert hash(Plan.from_dict(THREE.to_dict())) == hash(THREE)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_default_plan_is_dense_where_nothing_can_be_dropped(device):
+    plan = Plan.default(device)
+    assert all(plan.bucket_of(length).budget.is_dense for length in (1, 64, 1024, 2048))
+    long = plan.bucket_of(2**20)
+    assert not long.budget.is_dense
+    assert long.budget_of(0).is_dense
+
+
+def test_a_plan_comes_from_whatever_a_caller_has(tmp_path):
+    THREE.save(tmp_path / "plan.json")
+    for given in (THREE, THREE.to_dict(), tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        assert resolve_plan(given, "cpu") == THREE
+    assert resolve_plan(None, "cuda") == Plan.default("cuda")
+    with pytest.raises(PlanError, match="plan is a int"):
+        resolve_plan(3, "cpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("tolerance", -0.1), ("tolerance", 1.1), ("tolerance", float("nan")), ("tolerance", "0.1"), ("tolerance", True),
+    ("max_density", 0), ("max_density", 1.5), ("sinks", -1), ("sinks", 1.0), ("local", 65), ("singles", 0),
+    ("singles", 17), ("singles", True),
+])
+def test_a_budget_out_of_range_names_field_and_value(field, value):
+    with pytest.raises(PlanError, match=f"budget.{field} is {value!r}"):
+        Budget(**{"tolerance": 0.1, field: value})
+
+
+@pytest.mark.parametrize(("edges", "words"), [
+    ([], "plan.buckets is empty"),
+    ([(2, None)], r"plan.buckets\[0\].lo is 2 but the bucket before ends at 1: they leave a gap"),
+    ([(1, 10), (12, None)], r"buckets\[1\].lo is 12 but .* ends at 10: they leave a gap"),
+    ([(1, 10), (8, None)], r"buckets\[1\].lo is 8 but .* ends at 10: they overlap"),
+    ([(1, None), (5, None)], r"buckets\[1\] follows a bucket without end"),
+    ([(1, 1)], r"buckets\[0\].hi is 1, not above lo = 1"),
+    ([(1, 10)], "plan.buckets end at 10"),
+])
+def test_buckets_that_do_not_touch_are_refused(edges, words):
+    with pytest.raises(PlanError, match=words):
+        Plan(tuple(Bucket(lo, hi, DENSE) for lo, hi in edges))
+
+
+def one_bucket(**changes):
+    bucket = {"lo": 1, "hi": None, "budget": {"tolerance": None}}
+    return {"schema": SCHEMA, "buckets": [{**bucket, **changes}]}
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    ([], "the plan is a list"),
+    ({}, "plan.schema is None"),
+    ({"schema": "1"}, "plan.schema is '1'"),
+    ({"schema": SCHEMA + 1}, f"plan.schema is {SCHEMA + 1}, newer than the {SCHEMA}"),
+    ({"schema": SCHEMA}, "plan.buckets is None"),
+    ({"schema": SCHEMA, "buckets": [3]}, r"plan.buckets\[0\] is 3"),
+    ({**one_bucket(), "bucket": 1}, "plan has the unknown key 'bucket'"),
+    (one_bucket(width=3), r"plan.buckets\[0\] has the unknown key 'width'"),
+    (one_bucket(lo=None), r"plan.buckets\[0\].lo is None"),
+    (one_bucket(hi=2.5), r"plan.buckets\[0\].hi is 2.5"),
+    (one_bucket(budget=None), r"plan.buckets\[0\].budget is None"),
+    (one_bucket(budget={}), r"plan.buckets\[0\].budget is {}"),
+    (one_bucket(budget={"tolerance": 2}), r"plan.buckets\[0\].budget: budget.tolerance is 2"),
+    (one_bucket(budget={"tolerance": None, "tau": 1}), r"budget has the unknown key 'tau'"),
+    (one_bucket(sites={"first": {"tolerance": None}}), r"plan.buckets\[0\].sites has the key 'first'"),
+    (one_bucket(sites={"0": 0.1}), r"plan.buckets\[0\].sites\[0\] is 0.1"),
+])
+def test_a_dict_that_is_no_plan_says_where(data, words):
+    with pytest.raises(PlanError, match=words):
+        Plan.from_dict(data)
+
+
+def test_a_plan_file_that_cannot_be_read_names_its_path(tmp_path):
+    missing, broken, newer = (tmp_path / name for name in ("missing.json", "broken.json", "newer.json"))
+    broken.write_text("{")
+    newer.write_text(json.dumps({"schema": SCHEMA + 1}))
+    for path, words in ((missing, "cannot be read"), (broken, "is not JSON"), (newer, "newer than"),
+                        (tmp_path, "cannot be read")):
+        with pytest.raises(PlanError, match=words) as caught:
+            Plan.load(path)
+        assert str(path) in str(caught.value)
+
+
+def test_a_length_below_one_is_refused():
+    with pytest.raises(PlanError, match="length is 0"):
+        THREE.bucket_of(0)
+
+
+def test_a_printed_plan_shows_every_bucket():
+    assert str(THREE).splitlines()[1:] == [
+        "  [1, 4096): dense", "  [4096, 16384): tolerance 0.02, site 0: dense, site 3: tolerance 0.01",
+        "  [16384, inf): tolerance 0.05",
+    ]
