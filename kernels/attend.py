@@ -27,39 +27,40 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _attend_block(q, k, v, key_mask, weighted, peak, total, key_block, last_key, S, stride_ks, stride_kd, stride_vs,
-                  stride_vd, stride_mask, scale_log2, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+def _attend_block(query, k_tile, v_tile, key_mask, weighted, peak, total, key_block, last_key, S, stride_ks, stride_vs,
+                  stride_mask, scale_log2, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                   D_PAD: tl.constexpr, DV_PAD: tl.constexpr, MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
-    """One step of the online softmax: the 64 keys of `key_block`."""
+    """One step of the online softmax: the 64 keys of `key_block`; `k_tile` and `v_tile` point to those of block 0."""
     keys = key_block * BLOCK + tl.arange(0, BLOCK)
-    dims = tl.arange(0, D_PAD)
-    value_dims = tl.arange(0, DV_PAD)
-    k_at = k + keys.to(tl.int64)[None, :] * stride_ks + dims[:, None] * stride_kd
-    v_at = v + keys.to(tl.int64)[:, None] * stride_vs + value_dims[None, :] * stride_vd
+    inside = keys < S
+    first_key = key_block.to(tl.int64) * BLOCK
+    k_tile += first_key * stride_ks
+    v_tile += first_key * stride_vs
+    dim_inside = (tl.arange(0, D_PAD) < D)[:, None]
+    value_dim_inside = (tl.arange(0, DV_PAD) < DV)[None, :]
     if MASKED:
-        inside = keys < S
-        key_tile = tl.load(k_at, inside[None, :] & (dims < D)[:, None], other=0.0)
+        key_values = tl.load(k_tile, inside[None, :] & dim_inside, other=0.0)
     elif D_PAD != D:
-        key_tile = tl.load(k_at, (dims < D)[:, None], other=0.0)
+        key_values = tl.load(k_tile, dim_inside, other=0.0)
     else:
-        key_tile = tl.load(k_at)
-    scores = tl.dot(q, key_tile, input_precision="ieee") * scale_log2
+        key_values = tl.load(k_tile)
+    scores = tl.dot(query, key_values, input_precision="ieee")
     if MASKED:
         visible = keys[None, :] <= last_key[:, None]
         if HAS_KEY_MASK:
             visible &= (tl.load(key_mask + keys * stride_mask, inside, other=0) != 0)[None, :]
         scores = tl.where(visible, scores, -float("inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
     shrink = tl.exp2(peak - new_peak)
-    weights = tl.exp2(scores - new_peak[:, None])
+    weights = tl.exp2(scores * scale_log2 - new_peak[:, None])
     total = total * shrink + tl.sum(weights, 1)
     if MASKED:
-        value_tile = tl.load(v_at, inside[:, None] & (value_dims < DV)[None, :], other=0.0)
+        values = tl.load(v_tile, inside[:, None] & value_dim_inside, other=0.0)
     elif DV_PAD != DV:
-        value_tile = tl.load(v_at, (value_dims < DV)[None, :], other=0.0)
+        values = tl.load(v_tile, value_dim_inside, other=0.0)
     else:
-        value_tile = tl.load(v_at)
-    weighted = tl.dot(weights.to(value_tile.dtype), value_tile, weighted * shrink[:, None], input_precision="ieee")
+        values = tl.load(v_tile)
+    weighted = tl.dot(weights.to(values.dtype), values, weighted * shrink[:, None], input_precision="ieee")
     return weighted, new_peak, total
 
 
@@ -84,6 +85,9 @@ def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
     k += batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
     v += batch.to(tl.int64) * stride_vb + (head // GROUP).to(tl.int64) * stride_vh
     key_mask += batch.to(tl.int64) * stride_mask_batch
+    in_block = tl.arange(0, BLOCK).to(tl.int64)
+    k_tile = k + in_block[None, :] * stride_ks + dims[:, None] * stride_kd
+    v_tile = v + in_block[:, None] * stride_vs + value_dims[None, :] * stride_vd
     row_inside = rows < L
     query = tl.load(q + rows.to(tl.int64)[:, None] * stride_qs + dims[None, :] * stride_qd,
                     row_inside[:, None] & (dims < D)[None, :], other=0.0)
@@ -107,12 +111,12 @@ def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
     weighted = tl.zeros([ROWS, DV_PAD], tl.float32)
     for entry in tl.range(0, unmasked):
         weighted, peak, total = _attend_block(
-            query, k, v, key_mask, weighted, peak, total, tl.load(key_blocks + entry), last_key, S, stride_ks,
-            stride_kd, stride_vs, stride_vd, stride_mask, scale_log2, BLOCK, D, DV, D_PAD, DV_PAD, False, HAS_KEY_MASK)
+            query, k_tile, v_tile, key_mask, weighted, peak, total, tl.load(key_blocks + entry), last_key, S,
+            stride_ks, stride_vs, stride_mask, scale_log2, BLOCK, D, DV, D_PAD, DV_PAD, False, HAS_KEY_MASK)
     for entry in tl.range(unmasked, count):
         weighted, peak, total = _attend_block(
-            query, k, v, key_mask, weighted, peak, total, tl.load(key_blocks + entry), last_key, S, stride_ks,
-            stride_kd, stride_vs, stride_vd, stride_mask, scale_log2, BLOCK, D, DV, D_PAD, DV_PAD, True, HAS_KEY_MASK)
+            query, k_tile, v_tile, key_mask, weighted, peak, total, tl.load(key_blocks + entry), last_key, S,
+            stride_ks, stride_vs, stride_mask, scale_log2, BLOCK, D, DV, D_PAD, DV_PAD, True, HAS_KEY_MASK)
 
     weighted = weighted / tl.where(total > 0, total, 1.0)[:, None]
     row_lse = (peak + tl.log2(total)) * 0.6931471805599453
@@ -137,6 +141,7 @@ def _configuration(widest: int, itemsize: int) -> tuple[int, int, int]:
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
                            causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Launch `_block_sparse_attention`; arguments as above."""
+    q, scale = positive_scale(q, scale)
     B, H, L, D = q.shape
     Hkv, S = k.shape[1:3]
     DV = v.shape[3]
@@ -153,3 +158,10 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
         scale * LOG2_E, ROWS=rows, QUERY_BLOCK=QUERY_BLOCK, BLOCK=KEY_BLOCK, D=D, DV=DV, D_PAD=D_PAD, DV_PAD=DV_PAD,
         HAS_KEY_MASK=key_mask is not None, num_warps=warps, num_stages=stages)
     return out.transpose(1, 2), lse
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a scale above 0: kernels take a row's maximum before they scale."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)

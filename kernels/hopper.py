@@ -6,7 +6,7 @@
     counts  [B, H, blocks of 128 rows]            int32, even, at least 2
     out     [B, H, L, D]       in the dtype of q, in memory [B, L, H, D]
     lse     [B, H, L]          float32, natural log of the row's sum; a row that sees no key: zeros and -inf
-    scale   > 0 here (others go to attend.py); key j is visible to query i when j <= i + causal_offset
+    key j is visible to query i when j <= i + causal_offset (None: always)
     errors  none here: the op checks shapes, `why_not` says which calls this kernel does not cover
 
 One program per multiprocessor takes query blocks from a queue, longest list first. In a program one warp loads (TMA),
@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparsify.kernels import attend
+from sparsify.kernels.attend import positive_scale
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, TILE
 
 STAGES = 2  # K and V tiles in flight; a third changed nothing (-6 .. +4 %, noise) and would need O to share Q's room
@@ -340,9 +340,7 @@ def _fill_queue(counts, queue, cursors, rows, pair_capacity, LEVELS: tl.constexp
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
                            causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Launch `_block_sparse_attention`; arguments as above, covered by `why_not`."""
-    if scale <= 0:  # the running maximum is taken before scaling
-        return attend.block_sparse_attention(q, k, v, kept, counts, scale=scale, causal_offset=causal_offset,
-                                             key_mask=key_mask)
+    q, scale = positive_scale(q, scale)
     B, H, L, D = q.shape
     Hkv, S = k.shape[1:3]
     out = torch.empty(B, L, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)

@@ -17,11 +17,14 @@ and block (m = 6), no logarithm, where two full sweeps would take 15.
 Source: this project's own (ARCHITECTURE.md, "selection"): absolute tolerance on estimated row maxima.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsify.kernels.attend import positive_scale
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, SplitSummaries, capacity, count_blocks
 from sparsify.kernels.statistics import summarise_keys
 
@@ -33,29 +36,71 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _add_mass(mass, peak, scores):
-    """Add exp2(scores) to `mass`, which is relative to exp2(peak); the peak of every row rises as needed."""
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    mass = mass * tl.exp2(peak - new_peak)[:, None] + tl.exp2(scores - new_peak[:, None])
-    return mass, new_peak
+def _add_mass(mass, peak, scores, scale_log2):
+    """Add exp2(scores * scale_log2) to `mass`, which is relative to exp2(peak); the peak of a row rises as needed."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+    added = tl.exp2(scores * scale_log2 - new_peak[:, None])
+    return mass * tl.exp2(peak - new_peak)[:, None] + added, new_peak
+
+
+@triton.jit
+def _load_vectors(vectors, vector, inside, MASKED: tl.constexpr, PADDED: tl.constexpr):
+    if MASKED or PADDED:
+        return tl.load(vectors + vector, inside, other=0.0)
+    return tl.load(vectors + vector)
+
+
+@triton.jit
+def _weigh_chunk(query, squared, singles, mean, variance, single_stride, blocks, inside, single_keys, log2_count, peak,
+                 scale_log2, SINGLES: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
+                 D_PAD: tl.constexpr, MASKED: tl.constexpr):
+    """Masses of a chunk of key blocks for every row, relative to exp2 of the peak that comes back with them.
+
+    MASKED: blocks outside `inside` weigh nothing, and a block has `single_keys` singles. Else: all blocks are whole.
+    """
+    dims = tl.arange(0, D_PAD)
+    vector = blocks[None, :] * D + dims[:, None]
+    loaded = inside[None, :] & (dims < D)[:, None]
+    PADDED: tl.constexpr = D_PAD != D
+    variances = _load_vectors(variance, vector, loaded, MASKED, PADDED)
+    means = _load_vectors(mean, vector, loaded, MASKED, PADDED)
+    spread = tl.dot(squared, variances, input_precision="ieee")
+    center = tl.dot(query, means, input_precision="ieee")
+    # log2 of the mean of exp over n Gaussian scores: the second cumulant while it can be true, then the largest of n.
+    double = 2.0 * tl.maximum(log2_count, 0.0)
+    if MASKED:
+        double = double[None, :]
+        log2_count = tl.where(inside, log2_count, -float("inf"))[None, :]
+    gain = tl.where(spread < double, 0.5 * spread, tl.sqrt(double * spread) - 0.5 * double)
+    mass = tl.zeros([query.shape[0], CHUNK], tl.float32)
+    mass, peak = _add_mass(mass, peak, center * scale_log2 + (gain + log2_count), 1.0)
+    for single in tl.range(0, SINGLES, num_stages=STAGES):
+        keys = _load_vectors(singles + single * single_stride, vector, loaded, MASKED, PADDED)
+        scores = tl.dot(query, keys, input_precision="ieee")
+        if MASKED:
+            hidden = tl.where(inside & (single < single_keys), 0.0, -float("inf"))
+            mass, peak = _add_mass(mass, peak, scores * scale_log2 + hidden[None, :], 1.0)
+        else:
+            mass, peak = _add_mass(mass, peak, scores, scale_log2)
+    return mass, peak
 
 
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "units", "H", "GROUP", "L", "S", "offset"])
-def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_count, peaks, scratch,
+def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_count, peaks, scratch, scratch_peaks,
                     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
                     stride_mask_batch, stride_mask, stride_count_batch,
-                    query_blocks, key_blocks, units, H, GROUP, L, S, offset, scale, scale_log2,
-                    SINGLES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-                    STAGES: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
+                    query_blocks, key_blocks, units, H, GROUP, L, S, offset, scale_log2, spread_scale,
+                    log2_count, log2_last_count,
+                    SINGLES: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                    CHUNK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
     dims = tl.arange(0, D_PAD)
     dim_inside = dims < D
     columns = tl.arange(0, CHUNK)
     in_block = tl.arange(0, BLOCK)
     local_rows = tl.arange(0, ROWS)
-    # int64: a program's scratch is 128 rows x key blocks, and there are hundreds of programs.
     chunks = tl.cdiv(key_blocks, CHUNK)
-    mass_scratch = scratch + tl.program_id(0).to(tl.int64) * chunks * (ROWS * (CHUNK + 1))
-    peak_scratch = mass_scratch + chunks.to(tl.int64) * (ROWS * CHUNK)
+    scratch += tl.program_id(0).to(tl.int64) * chunks * (ROWS * CHUNK)
+    scratch_peaks += tl.program_id(0).to(tl.int64) * chunks * ROWS
     tile = local_rows[:, None] * CHUNK + columns[None, :]
 
     # Late query blocks of all heads come first, so that programs with a static share of them end together.
@@ -64,15 +109,17 @@ def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_
         query_block = query_blocks - 1 - unit // heads
         head_row = unit % heads
         batch, head = head_row // H, head_row % H
-        kv_head = (batch * (H // GROUP) + head // GROUP).to(tl.int64)
         first_row = query_block * ROWS
         rows = first_row + local_rows
         row_inside = rows < L
+        # int64: a batch of long sequences passes 2**31 elements.
         q_head = q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
         query = tl.load(q_head + rows.to(tl.int64)[:, None] * stride_qs + dims[None, :] * stride_qd,
                         row_inside[:, None] & dim_inside[None, :], other=0.0)
-        wide = query.to(tl.float32) * scale
-        squared = (wide * wide).to(query.dtype)
+        spread_query = query.to(tl.float32) * spread_scale
+        squared = (spread_query * spread_query).to(query.dtype)
+        rest_head = (batch * (H // GROUP) + head // GROUP).to(tl.int64) * key_blocks * D
+        single_stride = key_blocks * D
         last_row = tl.minimum(first_row + ROWS, L) - 1
         allowed = tl.maximum(tl.minimum((last_row + offset + BLOCK) >> 6, key_blocks), 0)  # arithmetic shift: floor
         boundary = tl.maximum(tl.minimum((first_row + offset + 1) >> 6, allowed), 0)
@@ -80,35 +127,36 @@ def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_
 
         peak = tl.full([ROWS], -1.0e30, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        for chunk in range(0, tl.cdiv(boundary, CHUNK)):
+        whole = tl.minimum(boundary, S // BLOCK) // CHUNK
+        if HAS_KEY_MASK:
+            whole = whole * 0
+        for chunk in range(0, whole):
+            blocks = chunk * CHUNK + columns
+            old_peak = peak
+            mass, peak = _weigh_chunk(query, squared, singles + rest_head * SINGLES, mean + rest_head,
+                                      variance + rest_head, single_stride, blocks, blocks >= 0, 0, log2_count, peak,
+                                      scale_log2, SINGLES, STAGES, CHUNK, D, D_PAD, False)
+            total = total * tl.exp2(old_peak - peak) + tl.sum(mass, 1)
+            tl.store(scratch + chunk * (ROWS * CHUNK) + tile, mass.to(scratch.dtype.element_ty))
+            tl.store(scratch_peaks + chunk * ROWS + local_rows, peak)
+        for chunk in range(whole, tl.cdiv(boundary, CHUNK)):
             blocks = chunk * CHUNK + columns
             inside = blocks < boundary
-            counts_at = batch * stride_count_batch + blocks
-            single_keys = tl.load(single_count + counts_at, inside, other=0)
-            rest_keys = tl.load(rest_count + counts_at, inside, other=0)
-            vector = blocks.to(tl.int64)[None, :] * D + dims[:, None]
-            vector_inside = inside[None, :] & dim_inside[:, None]
-            rest_at = kv_head * key_blocks * D + vector
+            if HAS_KEY_MASK:
+                counts_at = batch * stride_count_batch + blocks
+                single_keys = tl.load(single_count + counts_at, inside, other=0)
+                log2_counts = tl.log2(tl.load(rest_count + counts_at, inside, other=0).to(tl.float32))
+            else:
+                ragged = (blocks + 1) * BLOCK > S
+                single_keys = tl.where(ragged, S % BLOCK, SINGLES)
+                log2_counts = tl.where(ragged, log2_last_count, log2_count)
             old_peak = peak
-
-            log2_count = tl.log2(rest_keys.to(tl.float32))  # -inf where there is no rest
-            spread = tl.dot(squared, tl.load(variance + rest_at, vector_inside, other=0.0), input_precision="ieee")
-            spread *= 1.4426950408889634  # log2(e): everything is in powers of two from here
-            center = tl.dot(query, tl.load(mean + rest_at, vector_inside, other=0.0), input_precision="ieee")
-            double = 2.0 * tl.maximum(log2_count, 0.0)[None, :]
-            # log of the mean of exp over n Gaussian scores: the second cumulant while it can be true, then the
-            # largest of the n.
-            gain = tl.where(spread < double, 0.5 * spread, tl.sqrt(double * spread) - 0.5 * double)
-            scores = center * scale_log2 + log2_count[None, :] + gain
-            mass, peak = _add_mass(tl.zeros([ROWS, CHUNK], tl.float32), peak, scores)
-            for single in tl.range(0, SINGLES, num_stages=STAGES):
-                single_at = singles + (kv_head * SINGLES + single) * key_blocks * D + vector
-                scores = tl.dot(query, tl.load(single_at, vector_inside, other=0.0), input_precision="ieee")
-                scores = tl.where((single < single_keys)[None, :], scores * scale_log2, -float("inf"))
-                mass, peak = _add_mass(mass, peak, scores)
+            mass, peak = _weigh_chunk(query, squared, singles + rest_head * SINGLES, mean + rest_head,
+                                      variance + rest_head, single_stride, blocks, inside, single_keys, log2_counts,
+                                      peak, scale_log2, SINGLES, STAGES, CHUNK, D, D_PAD, True)
             total = total * tl.exp2(old_peak - peak) + tl.sum(mass, 1)
-            tl.store(mass_scratch + chunk * (ROWS * CHUNK) + tile, mass)
-            tl.store(peak_scratch + chunk * ROWS + local_rows, peak)
+            tl.store(scratch + chunk * (ROWS * CHUNK) + tile, mass.to(scratch.dtype.element_ty))
+            tl.store(scratch_peaks + chunk * ROWS + local_rows, peak)
 
         # Boundary blocks: their own keys, as every row sees them. At most three, so the masses stay in registers.
         last_key = tl.minimum(rows + offset, S - 1)
@@ -137,8 +185,8 @@ def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_
         tl.debug_barrier()  # masses may come back to other threads than wrote them
         for chunk in range(0, tl.cdiv(boundary, CHUNK)):
             blocks = chunk * CHUNK + columns
-            mass = tl.load(mass_scratch + chunk * (ROWS * CHUNK) + tile)
-            weight = tl.exp2(tl.load(peak_scratch + chunk * ROWS + local_rows) - peak) * shares
+            mass = tl.load(scratch + chunk * (ROWS * CHUNK) + tile).to(tl.float32)
+            weight = tl.exp2(tl.load(scratch_peaks + chunk * ROWS + local_rows) - peak) * shares
             tl.store(out + blocks, tl.max(mass * weight[:, None], 0), blocks < boundary)
         for chunk in range(allowed // CHUNK, chunks):
             blocks = chunk * CHUNK + columns
@@ -217,21 +265,31 @@ def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float,
                   key_mask: Tensor | None) -> Tensor:
     B, H, L, D = q.shape
     Hkv, S = k.shape[1:3]
+    q, scale = positive_scale(q, scale)
+    singles = summaries.singles.shape[2]
     query_blocks, key_blocks = count_blocks(L, QUERY_BLOCK), count_blocks(S, KEY_BLOCK)
     units = B * H * query_blocks
     programs = min(units, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(q.device))
-    peaks = torch.empty(B, H, query_blocks, key_blocks, dtype=torch.float32, device=q.device)
     chunk, registers = _configuration(q.element_size())
-    scratch = torch.empty(programs, count_blocks(key_blocks, chunk), QUERY_BLOCK, chunk + 1, dtype=torch.float32,
-                          device=q.device)
+    chunks = count_blocks(key_blocks, chunk)
+    # Masses are at most singles + 1: half precision keeps eleven bits of every share above 6e-5.
+    mass_type = torch.float32 if q.element_size() == 4 else torch.float16
+    scratch = torch.empty(programs, chunks, QUERY_BLOCK, chunk, dtype=mass_type, device=q.device)
+    scratch_peaks = torch.empty(programs, chunks, QUERY_BLOCK, dtype=torch.float32, device=q.device)
+    peaks = torch.empty(B, H, query_blocks, key_blocks, dtype=torch.float32, device=q.device)
     mask_strides = (0, 0) if key_mask is None else (key_mask.stride(0) * (len(key_mask) > 1), key_mask.stride(1))
     _estimate_peaks[(programs,)](
-        q, k, k if key_mask is None else key_mask, *summaries, peaks, scratch, *q.stride(), *k.stride(), *mask_strides,
-        _count_stride(summaries), query_blocks, key_blocks, units, H, H // Hkv, L, S, _offset(causal_offset, S),
-        scale, scale * LOG2_E, SINGLES=summaries.singles.shape[2], ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=chunk,
-        STAGES=STAGES, D=D, D_PAD=max(16, triton.next_power_of_2(D)), HAS_KEY_MASK=key_mask is not None,
-        num_warps=NUM_WARPS, num_stages=1, maxnreg=registers)
+        q, k, k if key_mask is None else key_mask, *summaries, peaks, scratch, scratch_peaks, *q.stride(), *k.stride(),
+        *mask_strides, _count_stride(summaries), query_blocks, key_blocks, units, H, H // Hkv, L, S,
+        _offset(causal_offset, S), scale * LOG2_E, scale * math.sqrt(LOG2_E), _log2(KEY_BLOCK - singles),
+        _log2(S % KEY_BLOCK - singles), SINGLES=singles, STAGES=STAGES, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=chunk,
+        D=D, D_PAD=max(16, triton.next_power_of_2(D)), HAS_KEY_MASK=key_mask is not None, num_warps=NUM_WARPS,
+        num_stages=1, maxnreg=registers)
     return peaks
+
+
+def _log2(count: int) -> float:
+    return math.log2(count) if count > 0 else -math.inf
 
 
 def _configuration(itemsize: int) -> tuple[int, int]:
