@@ -9,6 +9,7 @@ of an item, 0 for unpredictable content, ANSWER for answers. The recipe beside t
 items.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ def exact_match(logits_of: Callable[[Tensor], Tensor], rows: Rows) -> tuple[floa
     return sum(right) / max(1, len(right)), len(right)
 
 
+@functools.cache  # seconds, and every length and kind asks for it
 def heldout_tokens(folder: str | Path) -> np.ndarray:
     """heldout.txt of a model folder as one array of token ids."""
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))

@@ -1,0 +1,109 @@
+"""The command line: results on stdout, the rest on stderr, one line and exit code 2 for a caller's mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from sparsify import measurement
+from sparsify.cli import app
+from sparsify.models.loading import HELDOUT_TEXT
+from sparsify.plan import Plan
+from tests.small_model import EDGE, PLAN, save_small_model
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a model, a plan and a text."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_small_model(folder / "model")
+    PLAN.save(folder / "plan.json")
+    (folder / "text.txt").write_text(HELDOUT_TEXT.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def common(files):
+    return ("--model", files / "model", "--plan", files / "plan.json", "--text", files / "text.txt", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def benched(files, common):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "MEASURED_SECONDS", 0.02)
+        patch.setattr(measurement, "QUALITY_TOKENS", 2000)
+        return run("bench", *common, "--lengths", f"128,{2 * EDGE}", "--out", files / "out", "--json")
+
+
+def test_bench_prints_and_writes_the_report(benched, files):
+    assert benched.exit_code == 0, benched.output
+    printed = json.loads(benched.stdout)
+    assert printed == json.loads((files / "out" / "report.json").read_text())
+    assert [row["length"] for row in printed["rows"]] == [128, 2 * EDGE]
+    assert printed["model"]["name"] == "model"
+    assert (files / "out" / "report.md").read_text().startswith("# model: before and after")
+
+
+def test_bench_tells_on_stderr_what_it_does(benched):
+    for line in ("[1/2] 128 tokens: timing", "sparsify: compiled bucket", "report.json"):
+        assert line in benched.stderr
+
+
+def test_explain_prints_every_site(common):
+    result = run("explain", *common, "--length", 2 * EDGE)
+    assert result.exit_code == 0, result.output
+    assert "2 attention sites" in result.stdout
+    assert "tolerance 0.05" in result.stdout
+
+
+def test_explain_in_json(common):
+    result = run("explain", *common, "--length", 2 * EDGE, "--json")
+    sites = json.loads(result.stdout)["sites"]
+    assert [site["budget"] for site in sites] == ["dense", "tolerance 0.05"]
+    assert 0 < sites[1]["density"] <= 1
+
+
+def test_plan_show(files):
+    assert run("plan", "show", files / "plan.json").stdout == f"{PLAN}\n"
+    assert run("plan", "show", "--device", "cuda").stdout == f"{Plan.default('cuda')}\n"
+    assert Plan.from_dict(json.loads(run("plan", "show", files / "plan.json", "--json").stdout)) == PLAN
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["bench", "--lengths", "512,many"], "lengths is '512,many'"),
+    (["bench", "--lengths", "0"], "lengths is [0]"),
+    (["bench", "--lengths", "512,40000"], "lengths holds 40000 and the model has 32768 positions"),
+    (["bench", "--model", "./no-such-model"], "model './no-such-model' does not exist"),
+    (["bench", "--text", "no-such-text"], "text 'no-such-text' cannot be read"),
+    (["bench", "--text", __file__, "--lengths", "32768"], "and the longest length is 32768"),
+    (["bench", "--plan", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
+    (["explain", "--length", "0"], "length is 0"),
+    (["explain", "--text", __file__, "--length", "32768"], "length is 32768"),
+    (["plan", "show", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
+    result = run(*arguments, *(["--device", "cpu"] if arguments[0] != "plan" else []))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    [line] = [line for line in result.stderr.splitlines() if line != "reading the text"]
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_an_unknown_device_is_exit_code_2():
+    assert run("bench", "--device", "tpu").exit_code == 2
+
+
+def test_the_command_needs_no_network_and_starts_fast():
+    environment = {**os.environ, "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    shown = subprocess.run([sys.executable, "-X", "importtime", "-m", "sparsify", "plan", "show"], env=environment,
+                           capture_output=True, text=True, check=True)
+    assert "plan default-cpu" in shown.stdout
+    assert not {"torch", "transformers", "triton"} & {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
