@@ -141,25 +141,31 @@ def size_node(expr: sympy.Basic, at: fx.Node) -> "int | fx.Node":
         return int(expr)
     with at.graph.inserting_before(at):
         sources = {symbol: _symbol_node(symbol, at) for symbol in expr.free_symbols}
-        proxies = {symbol: fx.Proxy(node) for symbol, node in sources.items()}
+        tracer = fx.proxy.GraphAppendingTracer(at.graph)
+        proxies = {symbol: fx.Proxy(node, tracer) for symbol, node in sources.items()}
         node = sympy_interp(OptimizedPythonReferenceAnalysis, proxies, expr).node
     values = {symbol: source.meta["val"] for symbol, source in sources.items()}
     node.meta["val"] = sympy_interp(OptimizedPythonReferenceAnalysis, values, expr)
     return node
 
 
-def _symbol_node(symbol: sympy.Basic, at: fx.Node) -> fx.Node:
+def _symbol_node(symbol: sympy.Symbol, at: fx.Node) -> fx.Node:
     """A node before `at` that holds this size, or takes it from a tensor."""
     for node in at.graph.nodes:
         if node is at:
             break
         held = node.meta.get("val")
-        if isinstance(held, torch.SymInt) and held.node.expr == symbol:
+        if _is_symbol(held, symbol):
             return node
-        for dim, size in enumerate(shape(node) if is_tensor(node) else ()):
-            if expression(size) == symbol:
+        for dim, size in enumerate(held.shape if isinstance(held, torch.Tensor) else ()):
+            if _is_symbol(size, symbol):
                 return emit(at.graph, aten.sym_size.int, node, dim)
     raise LookupError(f"no tensor before {at} has the size {symbol}")
+
+
+def _is_symbol(size: Any, symbol: sympy.Symbol) -> bool:
+    """By its own name, or by the one that a guard gave it since: `s1 == s0` renames s1 to s0."""
+    return isinstance(size, torch.SymInt) and symbol in (size.node.expr, size.node._expr)
 
 
 def expression(size: Any) -> sympy.Expr:

@@ -31,8 +31,8 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     mode, fakes = _fake_inputs(example_inputs)
 
     def interpret(*args: Any) -> Any:
-        with fx.traceback.preserve_node_meta():
-            return _Interpreter(gm).run(*args)
+        with fx.traceback.preserve_node_meta(), _Interpreter(gm) as interpreter:
+            return interpreter.run(*args)
 
     # Pre-dispatch tracing turns grad mode switches of the graph into calls: ours must be as it was afterwards.
     with mode, torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -66,28 +66,49 @@ def _fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[An
 
 
 class _Interpreter(fx.Interpreter):
-    """Replays a Dynamo graph under make_fx; every new node keeps the stack trace and module of the old one."""
+    """Replays a Dynamo graph under make_fx; every new node keeps the stack trace and module of the old one.
+
+    A context manager: regions that an exception leaves open (autocast, vmap) are closed.
+    """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
+        self._regions: list[contextlib.AbstractContextManager[Any]] = []
         self._vmap_depth = 0
-        self._below_vmap = contextlib.ExitStack()
+
+    def __enter__(self) -> "_Interpreter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._regions:
+            self._regions.pop().__exit__(None, None, None)
 
     def run_node(self, node: fx.Node) -> Any:
         with fx.traceback.set_current_meta(node):
             if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
                 args, kwargs = self.fetch_args_kwargs_from_env(node)
                 return _carry_whole(node.target, args, kwargs)
+            if node.target is torch.amp.autocast_mode._enter_autocast:
+                return self._enter(torch.autocast(*node.args))  # under make_fx the plain call only leaves a node
+            if node.target is torch.amp.autocast_mode._exit_autocast:
+                return self._leave()
             if node.target is predispatch._vmap_increment_nesting:
                 self._vmap_depth += 1
                 if self._vmap_depth == 1:
-                    self._below_vmap.enter_context(_tracing_below_functorch())
+                    self._enter(_tracing_below_functorch())
             result = super().run_node(node)
             if node.target is predispatch._vmap_decrement_nesting:
                 self._vmap_depth -= 1
                 if self._vmap_depth == 0:
-                    self._below_vmap.close()
+                    self._leave()
             return result
+
+    def _enter(self, region: contextlib.AbstractContextManager[Any]) -> None:
+        region.__enter__()
+        self._regions.append(region)
+
+    def _leave(self) -> None:
+        self._regions.pop().__exit__(None, None, None)
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def _adds_nothing(x: Value) -> sympy.Basic:
     if isinstance(x, Where):
         yes, no = _adds_nothing(x.yes), _adds_nothing(x.no)
         return sympy.Or(sympy.And(x.condition, yes), sympy.And(sympy.Not(x.condition), no))
-    if x.is_number and x == 0:
+    if x.is_number and float(x) == 0:  # to sympy, 0.0 is not 0
         return sympy.true
     if x.is_number and x <= HIDDEN:
         return sympy.false

@@ -20,7 +20,7 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch import fx
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 from sparsify.passes.graph import arguments, is_tensor, mutations, same_shape, shape, storage_root, value
@@ -119,6 +119,8 @@ def _number(x: Any) -> sympy.Basic:
     """A Python or symbolic number as an expression."""
     if isinstance(x, torch.SymInt | torch.SymBool):
         return x.node.expr
+    if isinstance(x, torch.SymFloat) and not free_unbacked_symbols(x):
+        x = float(x)  # a number that the model holds, such as a mask's fill: a guard fixes it
     if isinstance(x, bool):
         return sympy.true if x else sympy.false
     if isinstance(x, int):

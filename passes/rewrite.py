@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from sparsify import ops
-from sparsify.passes.emit import key_mask, size_node
+from sparsify.passes.emit import expression, key_mask, size_node
 from sparsify.passes.graph import (
     aten,
     emit,
@@ -36,58 +36,67 @@ RELAYOUTS = {aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.s
 
 def rewrite(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused]) -> list[SiteRecord]:
     """Rewrite `gm` in place."""
-    key_masks: dict[Any, fx.Node] = {}  # layers share their mask
-    records = [_rewrite_site(index, site, key_masks) for index, site in enumerate(sites)]
+    rewriter = _Rewriter()
+    records = [rewriter.rewrite_site(index, site) for index, site in enumerate(sites)]
     _remove_dead_code(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return records
 
 
-def _rewrite_site(index: int, chosen: ChosenSite | Refused, key_masks: dict[Any, fx.Node]) -> SiteRecord:
-    if isinstance(chosen, Refused):
-        return SiteRecord(index, "refused", chosen.form, chosen.origin.line, chosen.origin.module, chosen.why,
-                          chosen.node)
-    site, why = chosen.site, chosen.how
-    outcome: Outcome = "exact" if chosen.budget.is_dense else "sparse"
-    if outcome == "exact" and site.form == "sdpa" and not site.masks:
-        outcome, why = "kept dense", f"{why}; scaled_dot_product_attention is exact and needs no mask here"
-    else:
-        _replace(index, chosen, key_masks)
-    return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why, site.output.name,
-                      str(chosen.mask), str(chosen.bucket), str(chosen.budget))
+class _Rewriter:
+    """Rewrites the sites of one graph in order; remembers what the next may meet again."""
 
+    def __init__(self) -> None:
+        self.replaced: dict[fx.Node, fx.Node] = {}  # old outputs: one site may attend to another's
+        self.key_masks: dict[Any, fx.Node] = {}  # layers share their mask
 
-def _replace(index: int, chosen: ChosenSite, key_masks: dict[Any, fx.Node]) -> None:
-    site, budget, old = chosen.site, chosen.budget, chosen.site.output
-    graph = old.graph
-    offset = None if chosen.mask.causal_offset is None else size_node(chosen.mask.causal_offset, old)
-    visible_keys = _key_mask(site, chosen.mask, key_masks)
-    with graph.inserting_before(old):
-        query, key, cast_value = (_cast(graph, node, value(old).dtype) for node in (site.query, site.key, site.value))
-        if site.key_transposed:
-            key = emit(graph, aten.transpose.int, key, -2, -1)
-        attention = (query, key, cast_value, _scale(graph, site.scales), offset, visible_keys)
-        if budget.is_dense:
-            new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
+    def rewrite_site(self, index: int, chosen: ChosenSite | Refused) -> SiteRecord:
+        if isinstance(chosen, Refused):
+            return SiteRecord(index, "refused", chosen.form, chosen.origin.line, chosen.origin.module, chosen.why,
+                              chosen.node)
+        site, why = chosen.site, chosen.how
+        outcome: Outcome = "exact" if chosen.budget.is_dense else "sparse"
+        if outcome == "exact" and site.form == "sdpa" and not site.masks:
+            outcome, why = "kept dense", f"{why}; scaled_dot_product_attention is exact and needs no mask here"
         else:
-            new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
-                       budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION)
-        new.meta = {**old.meta, "val": new.meta["val"]}
-        if not _same_strides(new, old) and _strides_matter(old):
-            new = emit(graph, aten.contiguous.default, new)
+            self.replaced[site.output] = self.replace(index, chosen)
+        return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why, site.output.name,
+                          str(chosen.mask), str(chosen.bucket), str(chosen.budget))
+
+    def replace(self, index: int, chosen: ChosenSite) -> fx.Node:
+        """Put the op where the site's output was."""
+        site, budget, old = chosen.site, chosen.budget, chosen.site.output
+        graph, dtype = old.graph, value(old).dtype
+        offset = None if chosen.mask.causal_offset is None else size_node(chosen.mask.causal_offset, old)
+        visible_keys = self.key_mask(site, chosen.mask)
+        operands = [self.replaced.get(node, node) for node in (site.query, site.key, site.value)]
+        with graph.inserting_before(old):
+            query, key, values = (_cast(graph, node, dtype) for node in operands)
+            if site.key_transposed:
+                key = emit(graph, aten.transpose.int, key, -2, -1)
+            attention = (query, key, values, _scale(graph, site.scales), offset, visible_keys)
+            if budget.is_dense:
+                new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
+            else:
+                new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
+                           budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION)
             new.meta = {**old.meta, "val": new.meta["val"]}
-    old.replace_all_uses_with(new)
+            if not _same_strides(new, old) and _strides_matter(old):
+                new = emit(graph, aten.contiguous.default, new)
+                new.meta = {**old.meta, "val": new.meta["val"]}
+        old.replace_all_uses_with(new)
+        return new
 
-
-def _key_mask(site: AttentionSite, mask: MaskProof, key_masks: dict[Any, fx.Node]) -> fx.Node | None:
-    if mask.visible_keys == TRUE:
-        return None
-    kv_len = shape(site.key)[3 if site.key_transposed else 2]
-    known = (mask.visible_keys, tuple(mask.leaves.values()), str(kv_len), value(site.query).device)
-    if known not in key_masks:
-        key_masks[known] = key_mask(mask.visible_keys, mask.leaves, kv_len, site.output)
-    return key_masks[known]
+    def key_mask(self, site: AttentionSite, mask: MaskProof) -> fx.Node | None:
+        if mask.visible_keys == TRUE:
+            return None
+        leaves = {name: self.replaced.get(node, node) for name, node in mask.leaves.items()}
+        kv_len = shape(site.key)[3 if site.key_transposed else 2]
+        known = (mask.visible_keys, tuple(leaves.values()), expression(kv_len), value(site.query).device)
+        if known not in self.key_masks:
+            self.key_masks[known] = key_mask(mask.visible_keys, leaves, kv_len, site.output)
+        return self.key_masks[known]
 
 
 def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:

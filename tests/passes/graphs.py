@@ -1,7 +1,7 @@
 """Graphs for pass tests: capture a function as the backend sees it, and watch what a rewritten one hands to the ops."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,27 +51,42 @@ def find(function: Callable[..., Any], *inputs: Any) -> list[AttentionSite | Ref
 
 @dataclass
 class Rewritten:
-    """A function that runs rewritten, its last records and its graph."""
+    """A function that runs rewritten: its last records, its graphs, and the arguments of the ops in its last call."""
 
     call: Callable[..., Any]
-    records: list[SiteRecord]
-    graphs: list[fx.GraphModule]
+    records: list[SiteRecord] = field(default_factory=list)
+    graphs: list[fx.GraphModule] = field(default_factory=list)
+    ops: list[tuple[Any, ...]] = field(default_factory=list)
 
 
 def rewritten(function: Callable[..., Any], plan: Plan | None = None, **settings: Any) -> Rewritten:
     """`function` under `plan` (dense unless given)."""
-    result = Rewritten(function, [], [])
+    result = Rewritten(function)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         graph, result.records[:] = run(gm, example_inputs, plan or Plan.dense())
         result.graphs.append(graph)
-        return graph.forward
+
+        def run_and_watch(*args: Any) -> Any:
+            with _OpArguments() as seen:
+                output = graph(*args)
+            result.ops[:] = seen.calls
+            return output
+
+        return run_and_watch
 
     result.call = compiled(function, backend, **settings)
     return result
 
 
-class OpArguments(TorchDispatchMode):
+def qkv(q_len: int, kv_len: int | None = None, batch: int = 2, heads: int = 4, kv_heads: int | None = None,
+        dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Random queries, keys and values."""
+    kv_shape = (batch, kv_heads or heads, kv_len or q_len, dim)
+    return torch.randn(batch, heads, q_len, dim), torch.randn(kv_shape), torch.randn(kv_shape)
+
+
+class _OpArguments(TorchDispatchMode):
     """Records the arguments of every sparsify op that runs."""
 
     def __init__(self) -> None:
@@ -82,10 +97,3 @@ class OpArguments(TorchDispatchMode):
         if func.namespace == "sparsify":
             self.calls.append(args)
         return func(*args, **(kwargs or {}))
-
-
-def qkv(q_len: int, kv_len: int | None = None, batch: int = 2, heads: int = 4, kv_heads: int | None = None,
-        dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries, keys and values."""
-    kv_shape = (batch, kv_heads or heads, kv_len or q_len, dim)
-    return torch.randn(batch, heads, q_len, dim), torch.randn(kv_shape), torch.randn(kv_shape)

@@ -1,0 +1,143 @@
+"""What a rewrite leaves behind: the right op, nothing dead, and an output that no user of it can tell from the old."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import qkv, rewritten
+
+from sparsify.plan import Bucket, Budget, Plan
+
+SPARSE = Plan((Bucket(1, None, Budget(0.0)),))
+aten = torch.ops.aten
+
+
+def causal_chain(q, k, v):
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    scores = (q @ k.transpose(2, 3) * 0.3).masked_fill_(hidden, -torch.inf)
+    return F.dropout(torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype), 0.1, training=False) @ v
+
+
+def targets(function):
+    return [node.target for node in function.graphs[-1].graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(("plan", "op"), [
+    (Plan.dense(), torch.ops.sparsify.exact_attention.default),
+    (SPARSE, torch.ops.sparsify.adaptive_attention.default),
+], ids=["dense", "sparse"])
+def test_one_op_is_all_that_is_left(plan, op):
+    function = rewritten(causal_chain, plan)
+    inputs = qkv(9)
+    torch.testing.assert_close(function.call(*inputs), causal_chain(*inputs))
+    assert targets(function) == [op, aten.contiguous.default]  # returned: its strides are as they were
+
+
+def test_the_op_is_told_its_budget_and_place():
+    plan = Plan((Bucket(1, None, Budget(0.25, max_density=0.5, sinks=2, local=3, singles=4), {0: Budget.dense()}),))
+    function = rewritten(lambda q, k, v: causal_chain(causal_chain(q, k, v), k, v), plan)
+    function.call(*qkv(9))
+    first, second = function.records
+    assert (first.outcome, second.outcome) == ("exact", "sparse")
+    assert function.ops[1][3:] == (pytest.approx(0.3), 0, None, 0.25, 0.5, 2, 3, 4, 1, 1)
+
+
+def test_sdpa_without_a_mask_is_kept_where_the_plan_is_dense():
+    function = rewritten(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    function.call(*qkv(9))
+    assert function.records[0].outcome == "kept dense"
+    assert targets(function) == [aten.scaled_dot_product_attention.default]
+
+
+def test_layers_share_one_key_mask():
+    def layers(q, k, v, pad):
+        mask = pad[:, None, None].long() > 0
+        for _ in range(3):
+            q = F.scaled_dot_product_attention(q, k, v, mask)
+        return q
+
+    function = rewritten(layers)
+    pad = torch.ones(2, 9, dtype=torch.bool)
+    pad[1, 5:] = False
+    inputs = (*qkv(9), pad)
+    torch.testing.assert_close(function.call(*inputs), layers(*inputs))
+    assert len({id(arguments[5]) for arguments in function.ops}) == 1
+
+
+@pytest.mark.parametrize("use", [
+    lambda out: out,
+    lambda out: out.view(out.shape[0], -1),
+    lambda out: out.transpose(1, 2).contiguous().view(out.shape[0], out.shape[2], -1),
+    lambda out: out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1),
+    lambda out: out.flatten(0, 1).view(-1, 8) + 1,
+    lambda out: out[:, :, -1:].view(-1, 8),
+], ids=["returned", "view", "contiguous view", "reshape", "flatten view", "slice view"])
+def test_users_of_the_output_see_the_strides_they_saw(use):
+    def attention(q, k, v):
+        return use(causal_chain(q, k, v))
+
+    function = rewritten(attention)
+    inputs = qkv(9)
+    got, expected = function.call(*inputs), attention(*inputs)
+    torch.testing.assert_close(got, expected)
+    assert got.stride() == expected.stride()
+    assert function.records[0].outcome == "exact"
+
+
+def test_the_usual_layout_costs_no_copy():
+    def attention(q, k, v):
+        return causal_chain(q, k, v).transpose(1, 2).contiguous().reshape(q.shape[0], q.shape[2], -1)
+
+    function = rewritten(attention)
+    function.call(*qkv(9))
+    assert targets(function).count(aten.contiguous.default) == 1
+
+
+def test_source_lines_stay():
+    function = rewritten(causal_chain)
+    function.call(*qkv(9))
+    (node,) = [n for n in function.graphs[-1].graph.nodes if "exact_attention" in str(n.target)]
+    assert "test_rewrite.py" in node.stack_trace
+
+
+def test_masks_that_are_still_needed_stay():
+    def attention(q, k, v):
+        mask = torch.zeros(q.shape[2], k.shape[2]).masked_fill_(
+            torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1), -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, mask), mask
+
+    function = rewritten(attention)
+    inputs = qkv(9)
+    for got, expected in zip(function.call(*inputs), attention(*inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_writes_to_inputs_stay():
+    def attention(q, k, v, cache):
+        cache.add_(1)
+        return causal_chain(q, k, v)
+
+    function = rewritten(attention)
+    cache = torch.zeros(3)
+    function.call(*qkv(9), cache)
+    assert torch.equal(cache, torch.ones(3))
+
+
+@pytest.mark.parametrize("function", [
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, k.new_zeros(q.shape[2], k.shape[2])),
+    lambda q, k, v: torch.softmax(q @ k.mT, -1, dtype=torch.float32).to(v.dtype) @ v,
+], ids=["sdpa", "softmax chain"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_decides_the_dtype(function, inside):
+    def attention(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16, enabled=True):
+            return function(q, k, v)
+
+    inputs = qkv(9)
+    result = rewritten(attention if inside else function)
+    if inside:
+        got, expected = result.call(*inputs), attention(*inputs)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            got, expected = result.call(*inputs), function(*inputs)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
