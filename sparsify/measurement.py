@@ -222,7 +222,8 @@ def _attention_share(dense: Side, ids: Tensor) -> float | None:
     if not calls:
         return None
     if on_cuda:
-        kernels = sum(event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA)
+        kernels = sum(event.self_device_time_total for event in events
+                      if event.device_type == DeviceType.CUDA and not event.is_user_annotation)
         return sum(event.device_time_total for event in calls) / kernels
     return sum(event.cpu_time_total for event in calls) / (1e6 * elapsed)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from benchmarks.line import figures_of
 from sparsify import measurement
 from sparsify.errors import ModelError, OptionError, PlanError, TextError
 from sparsify.measurement import Side, compile_sides, measuring
-from sparsify.models.loading import TINY_LM, load_model, load_tokenizer, read_text
+from sparsify.models.loading import HELDOUT_TEXT, TINY_LM, load_model, load_tokenizer, read_text
 from sparsify.models.tasks import KINDS, exact_match, heldout_tokens, retrieval_rows
 from sparsify.plan import Plan
 from tests.small_model import EDGE, PLAN, save_small_model, small_model
@@ -253,3 +254,30 @@ def test_retrieval_survives(kind, length):
         (before, queries), (after, _) = exact_match(dense, rows), exact_match(sparse, rows)
     assert before > 0.9
     assert (before - after) * queries <= math.ceil(queries / 100)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_too(tokens, device, monkeypatch):
+    monkeypatch.setattr(measurement, "MEASURED_SECONDS", 0.02)
+    model = small_model().to(device, torch.bfloat16)
+    report = sparsify.benchmark(model, tokens, LENGTHS, plan=PLAN)
+    assert report.environment["device_name"] == torch.cuda.get_device_name(device)
+    for row in report.rows:
+        assert 0 < row.attention_share < 1
+        assert row.kl < 0.1
+    assert report.rows[0].density == 1.0 > report.rows[1].density
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_smollm2_keeps_its_quality():
+    place = os.environ.get("SPARSIFY_SMOLLM2")
+    if place is None:
+        pytest.skip("SPARSIFY_SMOLLM2 names no GGUF file or folder of SmolLM2-135M; README.md says how to get it")
+    loaded = load_model(place)
+    report = sparsify.benchmark(loaded.model, read_text(HELDOUT_TEXT), [1024, 8192], tokenizer=loaded.tokenizer)
+    short, long = report.rows
+    assert short.kl < 1e-6
+    assert long.kl < 0.02
+    assert long.density < 0.8
+    assert long.speedup > 1
