@@ -35,18 +35,18 @@ def main() -> None:
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     seconds = time.perf_counter() - start
     if report["environment"]["device"] == "cpu":
-        record(*figures_of(report, None if length else seconds))
+        record(*figures_of(report, None if length else seconds, " ".join(["python -m benchmarks.line", *sys.argv[1:]])))
 
 
-def figures_of(report: dict[str, Any], seconds: float | None) -> list[Figure]:
-    """The figures of a report; `seconds` is the wall time of a default bench."""
+def figures_of(report: dict[str, Any], seconds: float | None, command: str) -> list[Figure]:
+    """The figures of a report; `seconds` is the wall time of a default bench, `command` what made it."""
     environment = report["environment"]
     where = f"{environment['device_name']}, {environment['threads']} threads"
     plan = Plan.from_dict(report["plan"])
     figures: list[Figure] = []
 
     def add(figure: str, value: float, bar: str, unit: str) -> None:
-        figures.append(Figure("line", figure, value, bar, unit, where, "python -m benchmarks.line"))
+        figures.append(Figure("line", figure, value, bar, unit, where, command))
 
     for row in report["rows"]:
         length = row["length"]

@@ -36,18 +36,25 @@ def main() -> None:
     model = load_model(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32).model
     dense, sparse = compile_sides(model, Plan.default(device))
     where = f"{device_name(torch.device(device))}, {torch.get_num_threads()} threads"
-    entries: list[dict[str, Any]] = []
+    file = RESULTS / f"retrieval-{device}.json"
     with measuring(model):
         for length in options.lengths:
             for kind, per_row in QUERIES_PER_ROW.items():
                 rows = retrieval_rows(TINY_LM, kind, length, math.ceil(options.queries / per_row))
                 (before, queries), (after, _) = (_exact_match(side, rows, device) for side in (dense, sparse))
                 print(f"{kind} at {length}: dense {before:.3f}, sparse {after:.3f} of {queries} queries", flush=True)
-                entries.append({"kind": kind, "length": length, "queries": queries, "dense": before, "sparse": after})
+                _save(file, {"kind": kind, "length": length, "queries": queries, "dense": before, "sparse": after,
+                             "where": where, "torch": torch.__version__, "commit": checkout_commit()})
                 record(Figure("line", f"{kind} at {length}, points behind dense", 100 * (before - after), "<= 1",
                               "points", where, "python -m benchmarks.retrieval"))
-    facts = {"where": where, "torch": torch.__version__, "commit": checkout_commit(), "rows": entries}
-    (RESULTS / f"retrieval-{device}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _save(file: Path, entry: dict[str, Any]) -> None:
+    """Put one result into the file, in place of an earlier one of its kind and length."""
+    entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    others = [e for e in entries if (e["kind"], e["length"]) != (entry["kind"], entry["length"])]
+    ordered = sorted([*others, entry], key=lambda e: (e["kind"], e["length"]))
+    file.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
 
 def _exact_match(side: Side, rows: Rows, device: str) -> tuple[float, int]:
