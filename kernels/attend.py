@@ -125,17 +125,24 @@ def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
     tl.store(lse + head_row.to(tl.int64) * L + rows, row_lse, row_inside)
 
 
-def _configuration(widest: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows of a program, warps and stages for the wider of the padded head dims.
+def _configuration(widest: int, itemsize: int, shared_memory: int) -> tuple[int, int, int]:
+    """Rows of a program, warps and stages for the wider of the padded head dims; measured on an H100 (README.md).
 
-    128 x 64 tiles on 4 warps spill a little and still were the fastest pointer version on an H100 (README.md); wider
-    heads and float32 take fewer rows so that tiles fit the 99 to 163 KiB of shared memory of other GPUs.
+    64 rows fit the registers of four warps. Heads wider than 128 want 128 rows, where shared memory allows that.
+    float32 products run on ordinary cores, out of registers: few rows.
     """
     if itemsize == 4:
         return (16, 4, 1) if widest > 128 else (32, 8, 1)
-    if widest > 128:
-        return 64, 4, 2
-    return QUERY_BLOCK, 4, 2
+    rows, warps = (QUERY_BLOCK, 8) if widest > 128 and shared_memory >= 192 * 1024 else (64, 4)
+    stage = 2 * KEY_BLOCK * widest * itemsize
+    return rows, warps, max(1, min(3, (shared_memory - rows * widest * itemsize) // stage))
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    if device.type != "cuda":  # Triton's interpreter
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
@@ -148,8 +155,11 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     out = torch.empty(B, L, H, DV, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, L, dtype=torch.float32, device=q.device)
     query_blocks = counts.shape[2]
-    D_PAD, DV_PAD = max(16, triton.next_power_of_2(D)), max(16, triton.next_power_of_2(DV))
-    rows, warps, stages = _configuration(max(D_PAD, DV_PAD), q.element_size())
+    D_PAD = max(16, triton.next_power_of_2(D))
+    # A tile of values narrower than 128 bytes that is not copied asynchronously gets a wrong descriptor from
+    # Triton 3.6.0: its product reads past the end of shared memory.
+    DV_PAD = max(16 if q.element_size() == 4 else 64, triton.next_power_of_2(DV))
+    rows, warps, stages = _configuration(max(D_PAD, DV_PAD), q.element_size(), _shared_memory(q.device))
     mask_strides = (0, 0) if key_mask is None else (key_mask.stride(0) * (len(key_mask) > 1), key_mask.stride(1))
     _block_sparse_attention[(B * H * query_blocks * (QUERY_BLOCK // rows),)](
         q, k, v, kept, counts, q if key_mask is None else key_mask, out, lse, *q.stride(), *k.stride(), *v.stride(),
