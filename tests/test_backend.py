@@ -1,0 +1,262 @@
+"""`sparsify.compile`: in place, checked before anything changes, and never worse than torch.compile when it fails."""
+
+import copy
+import logging
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparsify
+from sparsify import Bucket, Budget, DeviceError, ModelError, OptionError, Plan, PlanError
+from sparsify import backend as backend_module
+
+PLAN = Plan((Bucket(1, 32, Budget.dense()), Bucket(32, None, Budget(0.0))))
+
+
+class Attention(nn.Module):
+    """One causal attention layer, hand-written."""
+
+    def __init__(self, width: int = 16, heads: int = 2):
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Linear(width, 3 * width)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.project(x).chunk(3, -1))
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        weights = (q @ k.mT * 0.3).masked_fill(hidden, -torch.inf).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def test_compiles_in_place_and_returns_the_model():
+    model = Attention().eval()
+    x = torch.randn(2, 40, 16)
+    expected, names = model(x), list(model.state_dict())
+    assert sparsify.compile(model, PLAN, backend="eager") is model
+    assert type(model) is Attention
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager", "eager"])
+def test_every_inner_backend_runs_the_op(inner):
+    calls = []
+
+    @torch.library.custom_op("sparsify_test::probe", mutates_args=())
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(x.shape))
+        return x.clone()
+
+    probe.register_fake(torch.empty_like)
+    model = nn.Sequential(Attention()).eval()
+    x = torch.randn(2, 40, 16)
+    expected = model(x)
+    sparsify.compile(model, PLAN, backend=inner, fullgraph=True)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    explained = sparsify.explain(model, x)
+    assert [site.record.outcome for site in explained.sites] == ["sparse"]
+
+
+def test_a_callable_comes_back_wrapped():
+    model = Attention().eval()
+
+    def function(x):
+        return model(x) + 1
+
+    compiled = sparsify.compile(function, PLAN, backend="eager", fullgraph=True)
+    x = torch.randn(2, 40, 16)
+    torch.testing.assert_close(compiled(x), function(x))
+    assert sparsify.explain(compiled, x).sites[0].density == 1.0
+
+
+def test_the_entry_point_runs_the_same_pass(tmp_path):
+    PLAN.save(tmp_path / "plan.json")
+    model = Attention().eval()
+    x = torch.randn(2, 40, 16)
+    expected = model(x)
+    for plan in (PLAN, str(tmp_path / "plan.json"), PLAN.to_dict()):
+        torch._dynamo.reset()
+        seen = []
+        original = backend_module.rewrite_graph
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend_module, "rewrite_graph",
+                          lambda *a, seen=seen: seen.append(original(*a)) or seen[-1])  # noqa: B023
+            compiled = torch.compile(model, backend=backend_module.backend, fullgraph=True, options={"plan": plan})
+            torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+        assert seen[0][1][0].outcome == "sparse"
+
+
+def test_torch_knows_the_name():
+    assert "sparsify" in torch._dynamo.list_backends()
+
+
+@pytest.mark.parametrize(("arguments", "error"), [
+    ({"plan": "no-such-plan.json"}, PlanError),
+    ({"plan": 3}, PlanError),
+    ({"plan": {"schema": 99}}, PlanError),
+    ({"mode": "fastest"}, OptionError),
+    ({"options": {"no_such_option": 1}}, OptionError),
+    ({"options": {"plan": PLAN}}, OptionError),
+    ({"mode": "default", "options": {"max_autotune": True}}, OptionError),
+    ({"backend": "no-such-backend"}, OptionError),
+    ({"backend": "sparsify"}, OptionError),
+])
+def test_bad_arguments_raise_and_leave_the_model_alone(arguments, error):
+    model = Attention()
+    with pytest.raises(error) as caught:
+        sparsify.compile(model, **arguments)
+    assert model._compiled_call_impl is None
+    assert len(str(caught.value)) > 30  # names the value and the way out
+
+
+def test_a_meta_model_is_refused():
+    with torch.device("meta"):
+        model = Attention()
+    with pytest.raises(ModelError, match="project.weight"):
+        sparsify.compile(model)
+    assert model._compiled_call_impl is None
+
+
+def test_a_device_without_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr(backend_module, "DEVICES", ("cuda",))
+    with pytest.raises(DeviceError, match="cpu"):
+        sparsify.compile(Attention())
+
+
+@pytest.mark.parametrize("model", [3, "model"])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ModelError):
+        sparsify.compile(model)
+
+
+def test_a_wrapped_model_is_refused():
+    with pytest.raises(ModelError, match="_orig_mod"):
+        sparsify.compile(torch.compile(Attention()))
+
+
+def test_a_failing_pass_warns_once_and_compiles_without_it(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(backend_module.passes, "run", fail)
+    backend_module._warn_once.cache_clear()
+    reached = []
+    model = Attention().eval()
+    xs = [torch.randn(2, length, 16) for length in (8, 40)]
+    expected = [model(x) for x in xs]
+    sparsify.compile(model, PLAN, backend=lambda gm, inputs: reached.append(gm) or gm.forward, dynamic=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x, y in zip(xs, expected, strict=True):
+            torch.testing.assert_close(model(x), y)
+    assert len(reached) == 2  # both graphs still went to the inner compiler
+    assert [str(w.message).count("on purpose") for w in caught if "sparsify" in str(w.message)] == [1]
+
+
+def test_one_log_line_per_bucket(caplog):
+    model = sparsify.compile(Attention().eval(), PLAN, backend="eager")
+    with caplog.at_level(logging.INFO, logger="sparsify"):
+        for length in (8, 40, 9, 50):
+            model(torch.randn(2, length, 16))
+    lines = [record.getMessage() for record in caplog.records if record.name == "sparsify"]
+    assert len(lines) == 2
+    assert "[1, 32)" in lines[0] and "dense" in lines[0] and "sparsify" in lines[0]
+    assert "[32, inf)" in lines[1] and "tolerance 0" in lines[1]
+
+
+def test_an_outer_compile_takes_the_model_in():
+    model = Attention().eval()
+    x = torch.randn(2, 40, 16)
+    expected = model(x) + 1
+    sparsify.compile(model, PLAN, backend="eager")
+    outer = torch.compile(lambda x: model(x) + 1, backend="eager", fullgraph=True)
+    torch.testing.assert_close(outer(x), expected)
+
+
+def test_copies_and_pickles_are_not_compiled():
+    model = sparsify.compile(Attention().eval(), PLAN, backend="eager")
+    x = torch.randn(2, 40, 16)
+    expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other._compiled_call_impl is None
+        torch.testing.assert_close(other(x), expected)
+
+
+def test_compiling_again_replaces_the_plan():
+    model = sparsify.compile(Attention().eval(), PLAN, backend="eager")
+    sparsify.compile(model, Plan.dense(), backend="eager")
+    assert sparsify.explain(model, torch.randn(2, 40, 16)).sites[0].record.outcome == "exact"
+
+
+def test_training_is_left_to_torch():
+    model, twin = Attention(), Attention()
+    twin.load_state_dict(model.state_dict())
+    sparsify.compile(model, PLAN, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 40, 16)
+    with torch.enable_grad():
+        for m in (model, twin):
+            m(x).square().sum().backward()
+    torch.testing.assert_close(model.project.weight.grad, twin.project.weight.grad)
+
+
+def test_mode_and_options_reach_inductor(monkeypatch):
+    seen = []
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx",
+                        lambda gm, inputs, config_patches=None: seen.append(config_patches) or gm.forward)
+    for arguments in ({"mode": "max-autotune-no-cudagraphs"}, {"options": {"max-autotune": True}}):
+        model = sparsify.compile(Attention().eval(), PLAN, **arguments)
+        model(torch.randn(2, 40, 16))
+    assert all(patches["max_autotune"] for patches in seen)
+    assert len(seen) == 2
+
+
+def test_explain_says_what_became_of_each_site():
+    model = Attention().eval()
+    sparsify.compile(model, PLAN, backend="eager")
+    explanation = sparsify.explain(model, torch.randn(2, 40, 16))
+    (site,) = explanation.sites
+    assert site.to_dict() == {
+        "graph": 0, "index": 0, "outcome": "sparse", "form": "softmax chain", "line": site.record.line, "module": "",
+        "why": "guard on the key length", "node": site.record.node, "mask": "causal", "bucket": "[32, inf)",
+        "budget": "tolerance 0", "density": 1.0}
+    assert site.record.line.startswith("test_backend.py:")
+    for word in ("causal", "[32, inf)", "tolerance 0", "test_backend.py", "density 1.000"):
+        assert word in str(explanation)
+    assert explanation.to_dict()["sites"] == [site.to_dict()]
+
+
+def test_explain_works_on_a_plain_model_and_changes_nothing():
+    model = Attention().eval()
+    explanation = sparsify.explain(model, torch.randn(2, 40, 16))
+    assert explanation.sites[0].record.budget == "dense"  # the default plan, below the crossover
+    assert model._compiled_call_impl is None
+
+
+def test_explain_says_why_not():
+    def attention(q):
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+
+    explanation = sparsify.explain(attention, torch.randn(1, 2, 9, 8))
+    assert "dropout is active" in str(explanation)
+
+
+def test_explain_counts_graphs_apart():
+    def two_graphs(q):
+        q = F.scaled_dot_product_attention(q, q, q)
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(q, q, q)
+
+    compiled = sparsify.compile(two_graphs, PLAN, backend="eager")
+    explanation = sparsify.explain(compiled, torch.randn(1, 2, 40, 8))
+    assert [(site.graph, site.record.index, site.density) for site in explanation.sites] == [(0, 0, 1.0), (1, 0, 1.0)]
