@@ -9,9 +9,9 @@ from typing import Any
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from sparsify.passes.site import Origin
@@ -129,8 +129,13 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
 def emit(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """Append a call at the graph's insertion point, with the fake value that it has."""
     node = graph.call_function(target, args, kwargs)
-    values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    mode = next((v.fake_mode for v in pytree.tree_leaves(values) if isinstance(v, torch._subclasses.FakeTensor)), None)
-    with torch.no_grad(), mode if mode is not None else torch.no_grad():
-        node.meta["val"] = target(*values[0], **values[1])
+    fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with torch.no_grad(), _fake_mode(graph):
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
     return node
+
+
+def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode of the graph's fake values; outside it, making a tensor of a symbolic size fixes the size."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next(x.fake_mode for x in values if isinstance(x, FakeTensor))

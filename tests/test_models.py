@@ -1,5 +1,7 @@
 """Hugging Face architectures, tiny and random: captured whole, every site recorded, outputs as they were."""
 
+import logging
+
 import pytest
 import torch
 
@@ -125,7 +127,7 @@ def test_outputs_stay_and_every_site_has_a_record(architecture, attention, recor
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_generate_gives_the_same_tokens(attention):
+def test_generate_gives_the_same_tokens(attention, caplog):
     model = llama(attention).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     ids = torch.randint(1, 64, (2, 12))
@@ -133,10 +135,12 @@ def test_generate_gives_the_same_tokens(attention):
     mask[0, :3] = 0
     settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
     expected = model.generate(ids, **settings)
-    # Across an edge while decoding: a single query stays dense, and no new graph is compiled for the second bucket.
+    # Decoding crosses an edge: a single query stays dense, and needs no graph of its own in the second bucket.
     plan = Plan((Bucket(1, 16, Budget.dense()), Bucket(16, None, Budget(0.5))))
     sparsify.compile(model, plan, backend="eager")
-    assert torch.equal(model.generate(ids, **settings), expected)
+    with caplog.at_level(logging.INFO, logger="sparsify"):
+        assert torch.equal(model.generate(ids, **settings), expected)
+    assert len([record for record in caplog.records if record.name == "sparsify"]) == 2  # prefill and decode
 
 
 def test_llama_runs_sparse_through_inductor(records):
