@@ -89,7 +89,8 @@ class _Interpreter(fx.Interpreter):
                 args, kwargs = self.fetch_args_kwargs_from_env(node)
                 return _carry_whole(node.target, args, kwargs)
             if node.target is torch.amp.autocast_mode._enter_autocast:
-                return self._enter(torch.autocast(*node.args))  # under make_fx the plain call only leaves a node
+                args, _ = self.fetch_args_kwargs_from_env(node)
+                return self._enter(torch.autocast(*args))  # under make_fx the plain call only leaves a node
             if node.target is torch.amp.autocast_mode._exit_autocast:
                 return self._leave()
             if node.target is predispatch._vmap_increment_nesting:

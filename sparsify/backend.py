@@ -22,7 +22,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import RestartAnalysis
 
 from sparsify import passes
-from sparsify.errors import DeviceError, ModelError, OptionError
+from sparsify.errors import DeviceError, ModelError, OptionError, ShapeError
 from sparsify.passes.site import SiteRecord
 from sparsify.plan import Plan, resolve_plan
 
@@ -51,7 +51,8 @@ def compile(model: Any, plan: PlanLike = None, *, dynamic: bool | None = None, f
     dynamic   None means True: a plan serves many lengths. False: one graph per length
     fullgraph, mode, options, backend   as in `torch.compile`; `backend` compiles the rewritten graph
 
-    Raises PlanError, OptionError, ModelError, DeviceError, each before the model is touched.
+    Raises PlanError, OptionError, ModelError, DeviceError, each before the model is touched. The compiled model raises
+    ShapeError for an empty sequence.
     """
     compiler = Backend(_load_plan(plan), *_check_inner(backend, mode, options))
     settings: dict[str, Any] = {"backend": compiler, "dynamic": True if dynamic is None else dynamic,
@@ -136,12 +137,21 @@ def _traced_with_config(call: Any, compiler: Backend) -> Callable[..., Any]:
 
     @functools.wraps(call)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with tracing_config(room, (*args, *kwargs.values())):
+        inputs = (*args, *kwargs.values())
+        _check_not_empty(inputs)
+        with tracing_config(room, inputs):
             return call(*args, **kwargs)
 
     # Under an outer torch.compile, Dynamo never enters: it inlines the function behind `_torchdynamo_inline`.
     traced.__dict__["sparsify"] = compiler  # what `explain` looks for
     return traced
+
+
+def _check_not_empty(inputs: Iterable[Any]) -> None:
+    """The first tensor is the sequence; tracing an empty one fails far from its cause."""
+    first = next((x for x in inputs if isinstance(x, torch.Tensor)), None)
+    if first is not None and 0 in first.shape[1:]:
+        raise ShapeError(f"the input has shape {list(first.shape)}: an empty sequence. Give at least one token.")
 
 
 def _load_plan(plan: PlanLike) -> Plan | None:
