@@ -352,7 +352,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     _fill_queue[(1,)](counts, queue, cursors, blocks, pair_capacity, LEVELS=LEVELS, CHUNK=QUEUE_CHUNK, num_warps=8)
     programs = min(torch.cuda.get_device_properties(q.device).multi_processor_count, blocks)
     _block_sparse_attention[(programs,)](
-        _describe(q), _describe(k), _describe(v), _describe(out), lse, kept.view(torch.int64), queue, cursors[LEVELS:],
+        describe(q), describe(k), describe(v), describe(out), lse, kept.view(torch.int64), queue, cursors[LEVELS:],
         blocks, pair_capacity, query_blocks, H, H // Hkv, L, S,
         S if causal_offset is None else causal_offset,  # every row of an offset of S sees every key
         scale * LOG2_E, STAGES=STAGES, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, D=D,
@@ -383,7 +383,7 @@ def _is_describable(tensor: Tensor) -> bool:
             and all(stride > 0 and stride % 8 == 0 for stride in strides))
 
 
-def _describe(tensor: Tensor) -> TensorDescriptor:
+def describe(tensor: Tensor) -> TensorDescriptor:
     """The copy engine's view: boxes of 64 rows of one head, clipped at the tensor's own length."""
     D = tensor.shape[3]
     # The stride of a dimension of size 1 means nothing to torch, but the engine checks it.

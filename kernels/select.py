@@ -12,7 +12,7 @@
 Peaks need every row's sum over all its blocks before the first share is known. One sweep over the summaries leaves
 each block's mass, relative to the row's largest score so far, in a scratch that stays in L2 (a program's own, 128 rows
 long); a second sweep reads it back and takes the maximum over rows. That is 7 exponentials and a square root per row
-and block (m = 6), no logarithm, where two full sweeps would take 15.
+and block (m = 6), and no logarithm.
 
 Source: this project's own (ARCHITECTURE.md, "selection"): absolute tolerance on estimated row maxima.
 """
@@ -29,7 +29,6 @@ from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, SplitSumm
 from sparsify.kernels.statistics import summarise_keys
 
 STAGES = 2  # summary vectors in flight
-NUM_WARPS = 8
 PACK_WARPS = 4
 PROGRAMS_PER_MULTIPROCESSOR = 2  # one computes exponentials while the other waits for vectors
 LOG2_E = 1.4426950408889634
@@ -270,7 +269,7 @@ def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float,
     query_blocks, key_blocks = count_blocks(L, QUERY_BLOCK), count_blocks(S, KEY_BLOCK)
     units = B * H * query_blocks
     programs = min(units, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(q.device))
-    chunk, registers = _configuration(q.element_size())
+    chunk, warps = _configuration(q.element_size())
     chunks = count_blocks(key_blocks, chunk)
     # Masses are at most singles + 1: half precision keeps eleven bits of every share above 6e-5.
     mass_type = torch.float32 if q.element_size() == 4 else torch.float16
@@ -283,9 +282,14 @@ def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float,
         *mask_strides, _count_stride(summaries), query_blocks, key_blocks, units, H, H // Hkv, L, S,
         _offset(causal_offset, S), scale * LOG2_E, scale * math.sqrt(LOG2_E), _log2(KEY_BLOCK - singles),
         _log2(S % KEY_BLOCK - singles), SINGLES=singles, STAGES=STAGES, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=chunk,
-        D=D, D_PAD=max(16, triton.next_power_of_2(D)), HAS_KEY_MASK=key_mask is not None, num_warps=NUM_WARPS,
-        num_stages=1, maxnreg=registers)
+        D=D, D_PAD=max(16, triton.next_power_of_2(D)), HAS_KEY_MASK=key_mask is not None, num_warps=warps,
+        num_stages=1)
     return peaks
+
+
+def _offset(causal_offset: int | None, S: int) -> int:
+    """Where there is no causality: past the end of a ragged last block, so that no block is a boundary."""
+    return S + KEY_BLOCK if causal_offset is None else causal_offset
 
 
 def _log2(count: int) -> float:
@@ -293,23 +297,17 @@ def _log2(count: int) -> float:
 
 
 def _configuration(itemsize: int) -> tuple[int, int]:
-    """Key blocks at once, and registers of a thread.
+    """Key blocks at once, and warps of a program.
 
-    128 registers let two programs share a multiprocessor; what spills is read once a chunk. float32 products run on
-    ordinary cores, out of registers: fewer columns, all the registers there are.
+    float32 products run on ordinary cores, out of registers: fewer columns, so that less of them spills.
     """
-    return (16, 255) if itemsize == 4 else (64, 128)
+    return (16, 8) if itemsize == 4 else (64, 4)
 
 
 def _count_stride(summaries: SplitSummaries) -> int:
     """From one batch's counts to the next; 0 where all share one."""
     masks, blocks = summaries.rest_count.shape
     return blocks if masks > 1 else 0
-
-
-def _offset(causal_offset: int | None, S: int) -> int:
-    """Where there is no causality: past the end of a ragged last block, so that no block is a boundary."""
-    return S + KEY_BLOCK if causal_offset is None else causal_offset
 
 
 def _multiprocessors(device: torch.device) -> int:
