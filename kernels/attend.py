@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK
 
+REGISTERS = 255  # all of them; left alone, ptxas took 32 for wide float32 heads and spilled the rest
 LOG2_E = 1.4426950408889634
 
 
@@ -166,7 +167,8 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
         *mask_strides, kept.shape[3], query_blocks, H, H // Hkv, L, S,
         S if causal_offset is None else causal_offset,  # at an offset of S every row sees every key
         scale * LOG2_E, ROWS=rows, QUERY_BLOCK=QUERY_BLOCK, BLOCK=KEY_BLOCK, D=D, DV=DV, D_PAD=D_PAD, DV_PAD=DV_PAD,
-        HAS_KEY_MASK=key_mask is not None, num_warps=warps, num_stages=stages)
+        HAS_KEY_MASK=key_mask is not None, num_warps=warps, num_stages=stages,
+        maxnreg=REGISTERS)
     return out.transpose(1, 2), lse
 
 

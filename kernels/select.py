@@ -30,6 +30,7 @@ from sparsify.kernels.statistics import summarise_keys
 
 STAGES = 2  # summary vectors in flight
 PACK_WARPS = 4
+REGISTERS = 255  # all of them; left alone, ptxas took 32 for float32 and spilled the rest
 PROGRAMS_PER_MULTIPROCESSOR = 2  # one computes exponentials while the other waits for vectors
 LOG2_E = 1.4426950408889634
 
@@ -283,7 +284,7 @@ def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float,
         _offset(causal_offset, S), scale * LOG2_E, scale * math.sqrt(LOG2_E), _log2(KEY_BLOCK - singles),
         _log2(S % KEY_BLOCK - singles), SINGLES=singles, STAGES=STAGES, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=chunk,
         D=D, D_PAD=max(16, triton.next_power_of_2(D)), HAS_KEY_MASK=key_mask is not None, num_warps=warps,
-        num_stages=1)
+        num_stages=1, maxnreg=REGISTERS)
     return peaks
 
 
