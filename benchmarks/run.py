@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.figures import Figure, record
-from benchmarks.workloads import WORKLOADS, Call, Layer, Workload
+from benchmarks.workloads import BUDGET, TOLERANCE, WORKLOADS, Call, Layer, Workload
 from sparsify import ops
 from sparsify.measurement import checkout_commit, device_name
 
@@ -126,7 +126,8 @@ def measure_memory(workload: Workload, length: int, side: str) -> float:
 
 
 def _adaptive(layer: Layer) -> torch.Tensor:
-    return ops.adaptive_attention(*layer.qkv, layer.scale, 0, None, 0.02, 0.9, 1, 1, 6, 0, ops.VERSION)
+    return ops.adaptive_attention(*layer.qkv, layer.scale, 0, None, TOLERANCE, BUDGET.max_density, BUDGET.sinks,
+                                  BUDGET.local, BUDGET.singles, 0, ops.VERSION)
 
 
 def environment(device: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ from sparsify.kernels.blocks import (
     count_blocks,
     forced_blocks,
 )
+from sparsify.plan import Budget
 
 Call = Callable[[], Tensor]
 
@@ -52,7 +53,8 @@ WORKLOADS = {
         Workload("cuda_layer_d64", "cuda", 32, 8, 64, torch.bfloat16, (8192, 32768), (1.0, 0.25, 0.1)),
     )
 }
-BUDGET = {"max_density": 0.9, "sinks": 1, "local": 1, "singles": 6}
+TOLERANCE = 0.02
+BUDGET = Budget(TOLERANCE)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Layer:
         w, device = self.workload, torch.device(self.workload.device)
         allowed = allowed_blocks(self.length, self.length, 0, None, device)
         boundary = boundary_blocks(self.length, self.length, 0, device)
-        forced = forced_blocks(allowed, boundary, BUDGET["sinks"], BUDGET["local"])
+        forced = forced_blocks(allowed, boundary, BUDGET.sinks, BUDGET.local)
         free = (allowed.sum(-1) - forced.sum(-1)).clamp(min=1)
         share = ((density * allowed.sum(-1) - forced.sum(-1)).clamp(min=0) / free)[:, None, :, None]
         generator = torch.Generator(device).manual_seed(1)
@@ -129,11 +131,12 @@ class Layer:
         }
         # The efficient kernel has no grouped heads: it reads repeated ones.
         group = self.workload.heads // self.workload.kv_heads
-        repeated = [x.repeat_interleave(group, 1) for x in (k, v)] if self.length <= 32768 else None
-        if repeated is not None:
+        if self.length <= 32768:  # longer, it is far behind and the repeated heads are large
+            keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+
             def efficient() -> Tensor:
                 with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-                    return scaled_dot_product_attention(q, *repeated, is_causal=True, scale=self.scale)
+                    return scaled_dot_product_attention(q, keys, values, is_causal=True, scale=self.scale)
 
             contenders["efficient"] = efficient
         return contenders
@@ -146,11 +149,11 @@ class Layer:
         """Attention over given lists."""
         return lambda: ops.block_sparse_attention(*self.qkv, *lists, self.scale, 0, None)[0]
 
-    def selection(self, singles: int = BUDGET["singles"]) -> Call:
+    def selection(self, singles: int = BUDGET.singles) -> Call:
         """Selection alone."""
         q, k, _ = self.qkv
-        budget = {**BUDGET, "singles": singles}
-        return lambda: ops.select_blocks(q, k, self.scale, 0, None, 0.02, *budget.values())[1]
+        return lambda: ops.select_blocks(q, k, self.scale, 0, None, TOLERANCE, BUDGET.max_density, BUDGET.sinks,
+                                         BUDGET.local, singles)[1]
 
     def relative_error(self, out: Tensor, lists: KeptLists | None, rows: int = 32) -> float:
         """|out - exact| / |exact| over random rows, exact in float64 over the same kept blocks."""

@@ -14,26 +14,18 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import oracle
-from sparsify.kernels.blocks import (
-    KEY_BLOCK,
-    QUERY_BLOCK,
-    KeptLists,
-    allowed_blocks,
-    count_blocks,
-)
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, count_blocks
 
 WORKSPACE = 1 << 20  # scores per step: 4 MB
 
 
 def select_blocks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
                   tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> KeptLists:
-    """The kept lists of every query block; the rule is `oracle.keep`."""
+    """The kept lists of every query block; the rule is `oracle.choose_blocks`."""
     peaks = estimated_peaks(q, k, scale=scale, causal_offset=causal_offset, key_mask=key_mask, singles=singles)
-    sizes = {"q_len": q.shape[2], "kv_len": k.shape[2]}
-    kept = oracle.keep(peaks, **sizes, tolerance=tolerance, max_density=max_density, sinks=sinks, local=local,
-                       causal_offset=causal_offset, key_mask=key_mask)
-    allowed = allowed_blocks(*sizes.values(), causal_offset, key_mask, q.device)
-    return oracle.pack(kept, peaks, allowed)
+    return oracle.choose_blocks(peaks, q_len=q.shape[2], kv_len=k.shape[2], tolerance=tolerance,
+                                max_density=max_density, sinks=sinks, local=local, causal_offset=causal_offset,
+                                key_mask=key_mask)
 
 
 def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
@@ -99,7 +91,7 @@ class _Estimator:
         return min(max(whole, 0), self.blocks), min(max(upto, 0), self.blocks)
 
     def _summarised(self, q: Tensor, whole: int) -> tuple[Tensor, Tensor]:
-        """exp(log mass - top) of the first `whole` blocks, and top, each row's largest score; a masked block gives 0."""
+        """exp(log mass - top) of the first `whole` blocks, and top, each row's largest score; a masked block: 0."""
         if whole == 0:
             return q.new_empty(*q.shape[:2], 0), q.new_full((*q.shape[:2], 1), -torch.inf)
         scores = torch.matmul(q[:, None], self.vectors[:, :, :whole].transpose(-1, -2))  # [Hkv, m + 1, rows, blocks]
@@ -118,7 +110,7 @@ class _Estimator:
         scores = torch.bmm(q, self.keys[:, first:last].to(self.dtype).transpose(-1, -2))
         rows = q.shape[1] // group
         key = torch.arange(first, last)
-        hidden = key > torch.arange(first_row, first_row + rows)[:, None] + self.offset
+        hidden = key > torch.arange(first_row, first_row + rows)[:, None] + (self.offset or 0)  # a boundary: causal
         if self.shown is not None:
             hidden = hidden | ~self.shown[:, first:last]
         scores = scores.masked_fill_(hidden.repeat(group, 1), -torch.inf)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import oracle
-from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, allowed_blocks, count_blocks
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, count_blocks
 
 SOURCE = Path(__file__).with_name("native.cpp")
 # Not -ffast-math: as a shared library it would switch denormals off for the whole process.
@@ -65,13 +65,11 @@ def why_not(q: Tensor) -> str | None:
 
 def select_blocks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
                   tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> KeptLists:
-    """The kept lists of every query block; the rule is `oracle.keep`."""
+    """The kept lists of every query block; the rule is `oracle.choose_blocks`."""
     peaks = estimated_peaks(q, k, scale=scale, causal_offset=causal_offset, key_mask=key_mask, singles=singles)
-    sizes = {"q_len": q.shape[2], "kv_len": k.shape[2]}
-    kept = oracle.keep(peaks, **sizes, tolerance=tolerance, max_density=max_density, sinks=sinks, local=local,
-                       causal_offset=causal_offset, key_mask=key_mask)
-    allowed = allowed_blocks(*sizes.values(), causal_offset, key_mask, q.device)
-    return oracle.pack(kept, peaks, allowed)
+    return oracle.choose_blocks(peaks, q_len=q.shape[2], kv_len=k.shape[2], tolerance=tolerance,
+                                max_density=max_density, sinks=sinks, local=local, causal_offset=causal_offset,
+                                key_mask=key_mask)
 
 
 def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,

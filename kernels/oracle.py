@@ -188,16 +188,21 @@ def unpack(lists: KeptLists, key_blocks: int) -> Tensor:
     return mask.scatter(-1, ids, True)[..., :key_blocks]
 
 
+def choose_blocks(peaks: Tensor, *, q_len: int, kv_len: int, tolerance: float, max_density: float, sinks: int,
+                  local: int, causal_offset: int | None, key_mask: Tensor | None) -> KeptLists:
+    """From peaks to kept lists: the rule, then lists."""
+    kept = keep(peaks, q_len=q_len, kv_len=kv_len, tolerance=tolerance, max_density=max_density, sinks=sinks,
+                local=local, causal_offset=causal_offset, key_mask=key_mask)
+    return pack(kept, peaks, allowed_blocks(q_len, kv_len, causal_offset, key_mask, peaks.device))
+
+
 def select_blocks(q: Tensor, k: Tensor, *, scale: float, tolerance: float, max_density: float, sinks: int, local: int,
                   singles: int, causal_offset: int | None = None, key_mask: Tensor | None = None) -> KeptLists:
     """Selection by its definition: estimated shares, peaks, the rule, lists."""
     shares = estimated_shares(q, k, singles=singles, scale=scale, causal_offset=causal_offset, key_mask=key_mask)
-    estimate = peaks(shares)
-    sizes = {"q_len": q.shape[2], "kv_len": k.shape[2]}
-    kept = keep(estimate, **sizes, tolerance=tolerance, max_density=max_density, sinks=sinks, local=local,
-                causal_offset=causal_offset, key_mask=key_mask)
-    allowed = allowed_blocks(*sizes.values(), causal_offset, key_mask, q.device)
-    return pack(kept, estimate, allowed)
+    return choose_blocks(peaks(shares), q_len=q.shape[2], kv_len=k.shape[2], tolerance=tolerance,
+                         max_density=max_density, sinks=sinks, local=local, causal_offset=causal_offset,
+                         key_mask=key_mask)
 
 
 def _exact_block_mass(q: Tensor, k: Tensor, scale: float, causal_offset: int | None,

@@ -219,7 +219,7 @@ class Plan:
 
 # Key length below which dense is faster, or nothing can be dropped safely: no sparsity under 4K at any speed.
 CROSSOVER = {"cpu": 4096, "cuda": 4096}
-DEFAULT_TOLERANCE = 0.02
+DEFAULT_TOLERANCE = 0.03
 
 
 def resolve_plan(plan: "Plan | Mapping[str, Any] | str | Path | None", device_type: str) -> Plan:

@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,9 +119,9 @@ def main() -> None:
     attention = SparseAttention()
     AttentionInterface.register("sparsify_estimators", attention)
     loaded = load_model(arguments.model)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model: Any = loaded.model
     model.set_attn_implementation("sparsify_estimators")
-    ids = encode(arguments.text.read_text(encoding="utf-8"), tokenizer)
+    ids = encode(arguments.text.read_text(encoding="utf-8"), loaded.tokenizer)
     windows = []
     for start in arguments.start or [0]:
         window = ids[start: start + arguments.length]

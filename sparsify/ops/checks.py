@@ -23,7 +23,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None
     if k.shape[3] != q.shape[3]:
         raise ShapeError(f"k has head dim {k.shape[3]} and q has {q.shape[3]}. They must be equal.")
     if q.shape[1] % k.shape[1]:
-        raise ShapeError(f"q has {q.shape[1]} heads and k has {k.shape[1]}. Query heads must be a multiple of KV heads.")
+        raise ShapeError(f"q has {q.shape[1]} heads and k has {k.shape[1]}. "
+                         "Query heads must be a multiple of KV heads.")
     if v is not None and v.shape[1:3] != k.shape[1:3]:
         raise ShapeError(f"v has shape {list(v.shape)} and k has {list(k.shape)}. Heads and length must be equal.")
     if key_mask is not None:

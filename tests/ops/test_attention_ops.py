@@ -53,7 +53,8 @@ def test_only_kept_blocks_are_attended(case, dtype, poisoned_memory):
     assert_as_good_as_torch(out, plain_attention(case, kept), exact)
     sees = exact_lse.isfinite()
     assert torch.equal(lse.isfinite(), sees)
-    torch.testing.assert_close(lse[sees].double(), exact_lse[sees], rtol=1e-5, atol=2e-3 if dtype.itemsize == 2 else 1e-5)
+    torch.testing.assert_close(lse[sees].double(), exact_lse[sees], rtol=1e-5,
+                               atol=2e-3 if dtype.itemsize == 2 else 1e-5)
 
 
 def test_a_wrong_offset_is_noticed(rng, device):
