@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
+import sparsify
 from benchmarks.figures import Figure, record
+from sparsify.measurement import Side, encode, measuring, time_in_turns
+from sparsify.models.loading import HELDOUT_TEXT, TINY_LM, load_model, load_tokenizer, read_text
 from sparsify.plan import Plan
 
 RESULTS = Path(__file__).with_name("results")
@@ -35,11 +38,33 @@ def main() -> None:
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     seconds = time.perf_counter() - start
     if report["environment"]["device"] == "cpu":
-        record(*figures_of(report, None if length else seconds, " ".join(["python -m benchmarks.line", *sys.argv[1:]])))
+        command_line = " ".join(["python -m benchmarks.line", *sys.argv[1:]])
+        exact = over_exact(report["rows"][-1]["length"])
+        record(*figures_of(report, exact, None if length else seconds, command_line))
 
 
-def figures_of(report: dict[str, Any], seconds: float | None, command: str) -> list[Figure]:
-    """The figures of a report; `seconds` is the wall time of a default bench, `command` what made it."""
+def over_exact(length: int, repeats: int = 3) -> float:
+    """Speed-up over `Plan.dense()`: what dropping blocks is worth by itself.
+
+    The bench compares with torch.compile, which loses time on attention masks that the pass proves away.
+    """
+    model = load_model().model
+    exact, sparse = Side(model), Side(model)
+    sparsify.compile(exact, Plan.dense())
+    sparsify.compile(sparse)
+    ids = encode(read_text(HELDOUT_TEXT), load_tokenizer(TINY_LM))[None, :length]
+    with measuring(model):
+        for side in (exact, sparse):
+            side(ids)
+        exact_seconds, sparse_seconds = time_in_turns(exact, sparse, ids, repeats)
+    return exact_seconds / sparse_seconds
+
+
+def figures_of(report: dict[str, Any], over_exact: float, seconds: float | None, command: str) -> list[Figure]:
+    """The figures of a report; `seconds` is the wall time of a default bench, `command` what made it.
+
+    `over_exact` is the longest length's speed-up over `Plan.dense()`.
+    """
     environment = report["environment"]
     where = f"{environment['device_name']}, {environment['threads']} threads"
     plan = Plan.from_dict(report["plan"])
@@ -59,6 +84,8 @@ def figures_of(report: dict[str, Any], seconds: float | None, command: str) -> l
             rise = 100 * (row["sparse_loss"] / row["dense_loss"] - 1)
             add(f"KL at {length}", row["kl"], "<= 0.02", "nats")
             add(f"loss rise at {length}", rise, "<= 0.5", "%")
+    longest = report["rows"][-1]["length"]
+    add(f"speed-up at {longest} over Plan.dense()", over_exact, SPEEDUP_BARS.get(longest, ">= 1"), "x")
     if seconds is not None:
         add("wall time of the default bench", seconds, "<= 360", "s")
     return figures

@@ -179,7 +179,7 @@ def _measure(dense: Side, sparse: Side, windows: list[Tensor], bucket: Bucket, r
     tell("counting kept blocks")
     density = _density(sparse, ids, bucket)
     tell("timing")
-    dense_seconds, sparse_seconds = _time_in_turns(dense, sparse, ids, repeats)
+    dense_seconds, sparse_seconds = time_in_turns(dense, sparse, ids, repeats)
     return Row(
         length=ids.shape[1], bucket=str(bucket), budget=str(bucket.budget),
         dense_ms=1e3 * dense_seconds, sparse_ms=1e3 * sparse_seconds,
@@ -191,7 +191,7 @@ def _measure(dense: Side, sparse: Side, windows: list[Tensor], bucket: Bucket, r
     )
 
 
-def _time_in_turns(dense: Side, sparse: Side, ids: Tensor, repeats: int) -> tuple[float, float]:
+def time_in_turns(dense: Side, sparse: Side, ids: Tensor, repeats: int) -> tuple[float, float]:
     """Median seconds of each side; who goes first changes from turn to turn, so that neither gains by it."""
     times: dict[Side, list[float]] = {dense: [], sparse: []}
     order = [dense, sparse]

@@ -234,7 +234,7 @@ def test_figures_replace_their_earlier_measurement(tmp_path, monkeypatch, capsys
 def test_the_figures_of_the_line_come_from_its_report(measured):
     report = measured[2].to_dict()
     report["rows"][1] |= {"length": 16384, "speedup": 1.8, "kl": 0.01, "dense_loss": 2.0, "sparse_loss": 2.02}
-    found = {figure.figure: (figure.value, figure.met) for figure in figures_of(report, 100.0, "command")}
+    found = {figure.figure: (figure.value, figure.met) for figure in figures_of(report, 1.7, 100.0, "command")}
     assert found["speed-up at 16384"] == (1.8, True)
     assert found["KL at 16384"] == (0.01, True)
     assert found["loss rise at 16384"] == (pytest.approx(1.0), False)
