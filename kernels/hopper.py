@@ -38,8 +38,8 @@ from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, TILE
 STAGES = 2  # K and V tiles in flight; a third changed nothing (-6 .. +4 %, noise) and would need O to share Q's room
 LEVELS = 256  # list lengths the queue tells apart
 QUEUE_CHUNK = 1024  # rows the queue sorts at once
-# 168 registers x 384 threads are the register file; the loader and one warpgroup give up theirs, so both warpgroups
-# hold S, O and P (160 registers) without a spill.
+# 168 registers x 384 threads are the register file. The loader's group gives most of its share to the two warpgroups,
+# which then hold scores, weights and output (160 registers) without a spill. 24 for the loader spill.
 REGISTERS = 168
 WARPGROUP_REGISTERS = 232
 LOADER_REGISTERS = 40
@@ -47,8 +47,8 @@ LOG2_E = 1.4426950408889634
 
 
 @gluon.jit
-def _walk_order(kept_pairs, row, pair_capacity, pair):
-    """Key blocks of pair number `pair` of a list, one in each half of an int64; below 0: pair 0, to read ahead."""
+def _read_pair(kept_pairs, row, pair_capacity, pair):
+    """Key blocks of pair number `pair` of a list, one in each half of an int64; a read ahead of pair 0 gives pair 0."""
     return gl.load(kept_pairs + row.to(gl.int64) * pair_capacity + gl.maximum(pair, 0))
 
 
@@ -83,12 +83,12 @@ def _loader(q, k, v, q_tiles, k_tiles, v_tiles, mail, bars, kept_pairs, queue, c
         first_row = (row - head_row * query_blocks) * ROWS
         batch = head_row // H
         head = head_row - batch * H
-        ahead = _walk_order(kept_pairs, row, pair_capacity, pairs - 1)
+        ahead = _read_pair(kept_pairs, row, pair_capacity, pairs - 1)
         slot = turn & 1
         mbarrier.wait(mail_empty.index(slot), ((turn >> 1) & 1) ^ 1)
         mail.index(slot * 3).store(gl.full([1], block, gl.int64, one))
         mail.index(slot * 3 + 1).store(gl.full([1], ahead, gl.int64, one))
-        before = _walk_order(kept_pairs, row, pair_capacity, pairs - 2)
+        before = _read_pair(kept_pairs, row, pair_capacity, pairs - 2)
         mail.index(slot * 3 + 2).store(gl.full([1], before, gl.int64, one))
         mbarrier.arrive(mail_full.index(slot), count=1)
         place = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
@@ -103,7 +103,7 @@ def _loader(q, k, v, q_tiles, k_tiles, v_tiles, mail, bars, kept_pairs, queue, c
         turn += 1
         for done in range(0, pairs):
             pair = ahead
-            ahead = _walk_order(kept_pairs, row, pair_capacity, pairs - 2 - done)
+            ahead = _read_pair(kept_pairs, row, pair_capacity, pairs - 2 - done)
             stage = step % STAGES
             mbarrier.wait(k_empty.index(stage), ((step // STAGES) & 1) ^ 1)
             _load_pair(k, batch, head // GROUP, pair, k_full.index(stage), k_tiles.index(stage), BLOCK, D)
@@ -150,7 +150,7 @@ def _attend_pair(q_tile, k_tiles, v_tiles, bars, zero, weights, acc, peak, total
     acc = warpgroup_mma(weights, v_tiles.index(v_stage), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    if masked:
+    if masked:  # a branch: in a loop of its own, the masked step made 64 instructions a step that repack weights
         scores = _mask_scores(scores, pair, last_key, columns, BLOCK)
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
     shrink = gl.exp2(peak - new_peak)
