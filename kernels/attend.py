@@ -143,7 +143,8 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may have."""
     if device.type != "cuda":  # Triton's interpreter
         return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch 2.13's stub lacks it
 
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
