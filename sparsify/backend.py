@@ -3,7 +3,7 @@
     model(...) -> Dynamo's graph -> passes.run: attention becomes ops under the plan -> Inductor, or any other backend
 
 `torch.compile(model, backend="sparsify", options={"plan": ...})` reaches the same pass through `backend`. What
-`compile` adds is in `_tracing_config`: settings that hold while Dynamo traces, so that a plan costs one graph a bucket.
+`compile` adds is in `compiled_call`: settings that hold while Dynamo traces, so that a plan costs one graph a bucket.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import functools
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.exc import RestartAnalysis
+from torch._dynamo.exc import RestartAnalysis, TorchDynamoException
 
 from sparsify import passes
 from sparsify.errors import DeviceError, ModelError, OptionError, ShapeError
@@ -55,16 +55,15 @@ def compile(model: Any, plan: PlanLike = None, *, dynamic: bool | None = None, f
     ShapeError for an empty sequence.
     """
     compiler = Backend(_load_plan(plan), *_check_inner(backend, mode, options))
-    settings: dict[str, Any] = {"backend": compiler, "dynamic": True if dynamic is None else dynamic,
-                                "fullgraph": fullgraph}
+    dynamic = True if dynamic is None else dynamic
     if isinstance(model, nn.Module):
         _check_model(model)
-        model.compile(**settings)
-        model._compiled_call_impl = _traced_with_config(model._compiled_call_impl, compiler)
+        # What nn.Module.compile does, with a call of our own.
+        model._compiled_call_impl = compiled_call(model._call_impl, compiler, compiler.plan, dynamic, fullgraph)
         return model
     if not callable(model):
         raise ModelError(f"model is a {type(model).__name__}. Give an nn.Module, or a callable.")
-    return _traced_with_config(torch.compile(model, **settings), compiler)
+    return compiled_call(model, compiler, compiler.plan, dynamic, fullgraph)
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
@@ -110,36 +109,33 @@ def default_plan(values: Sequence[Any]) -> Plan:
     return Plan.default("cuda" if on_cuda else "cpu")
 
 
-def graph_room(plan: Plan | None) -> dict[str, int]:
-    """Recompile limits that leave room for every bucket: at the limit, Dynamo runs eager."""
-    graphs = GRAPHS_PER_BUCKET * len((plan or Plan.default("cpu")).merged().buckets)
-    return {"recompile_limit": graphs, "accumulated_recompile_limit": GRAPHS_PER_BUCKET * graphs}
+def compiled_call(function: Callable[..., Any], compiler: Compiler, plan: Plan | None, dynamic: bool = True,
+                  fullgraph: bool = False) -> Callable[..., Any]:
+    """`torch.compile(function, backend=compiler)`, traced so that a plan costs one graph per bucket.
 
-
-@contextlib.contextmanager
-def tracing_config(room: Mapping[str, int], inputs: Iterable[Any]) -> Any:
-    """Settings under which Dynamo compiles one graph per bucket for a call with these inputs.
-
-    Without duck shaping, a batch of 2 and 2 heads do not become one symbol; size-oblivious, a batch of 1 is no graph of
-    its own. A length of 1 is: models branch on it (`is_causal = q_len > 1` must be a bool), and decoding is a graph of
-    its own anyway.
+    Size-oblivious tracing makes a batch of 1 no graph of its own, but Dynamo cannot trace every model so (torch 2.11 to
+    2.13: slices whose end it cannot compare). It is tried for the whole graph; a model that resists is traced as
+    torch.compile does it from then on.
     """
-    dynamo: Any = torch._dynamo.config  # `patch` is made at run time
-    shapes: Any = torch.fx.experimental._config
-    limits = {name: max(getattr(dynamo, name), needed) for name, needed in room.items()}
-    one_long = any(1 in x.shape[1:] for x in inputs if isinstance(x, torch.Tensor))
-    with dynamo.patch(limits), shapes.patch(use_duck_shape=False, backed_size_oblivious=not one_long):
-        yield
-
-
-def _traced_with_config(call: Any, compiler: Backend) -> Callable[..., Any]:
-    room = graph_room(compiler.plan)
+    whole = torch.compile(function, backend=compiler, dynamic=dynamic, fullgraph=True)
+    call = whole if fullgraph else torch.compile(function, backend=compiler, dynamic=dynamic)
+    room = graph_room(plan)
+    resists = False
 
     @functools.wraps(call)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        inputs = (*args, *kwargs.values())
+        nonlocal resists
+        inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         _check_not_empty(inputs)
-        with tracing_config(room, inputs):
+        # A length of 1 stays a graph of its own: models branch on it (`is_causal = q_len > 1` must be a bool).
+        if not resists and not any(1 in x.shape[1:] for x in inputs):
+            try:
+                with tracing_config(room, size_oblivious=True):
+                    return whole(*args, **kwargs)
+            except TorchDynamoException as error:
+                resists = True
+                log.debug("traced with sizes of 1 apart: %s", error)
+        with tracing_config(room, size_oblivious=False):
             return call(*args, **kwargs)
 
     # Under an outer torch.compile, Dynamo never enters: it inlines the function behind `_torchdynamo_inline`.
@@ -147,11 +143,26 @@ def _traced_with_config(call: Any, compiler: Backend) -> Callable[..., Any]:
     return traced
 
 
-def _check_not_empty(inputs: Iterable[Any]) -> None:
+def graph_room(plan: Plan | None) -> dict[str, int]:
+    """Recompile limits that leave room for every bucket: at the limit, Dynamo runs eager."""
+    graphs = GRAPHS_PER_BUCKET * len((plan or Plan.default("cpu")).merged().buckets)
+    return {"recompile_limit": graphs, "accumulated_recompile_limit": GRAPHS_PER_BUCKET * graphs}
+
+
+@contextlib.contextmanager
+def tracing_config(room: Mapping[str, int], size_oblivious: bool) -> Iterator[None]:
+    """Settings for one call. Without duck shaping, a batch of 2 and 2 heads do not become one symbol."""
+    dynamo: Any = torch._dynamo.config  # `patch` is made at run time
+    shapes: Any = torch.fx.experimental._config
+    limits = {name: max(getattr(dynamo, name), needed) for name, needed in room.items()}
+    with dynamo.patch(limits), shapes.patch(use_duck_shape=False, backed_size_oblivious=size_oblivious):
+        yield
+
+
+def _check_not_empty(inputs: Sequence[torch.Tensor]) -> None:
     """The first tensor is the sequence; tracing an empty one fails far from its cause."""
-    first = next((x for x in inputs if isinstance(x, torch.Tensor)), None)
-    if first is not None and 0 in first.shape[1:]:
-        raise ShapeError(f"the input has shape {list(first.shape)}: an empty sequence. Give at least one token.")
+    if inputs and 0 in inputs[0].shape[1:]:
+        raise ShapeError(f"the input has shape {list(inputs[0].shape)}: an empty sequence. Give at least one token.")
 
 
 def _load_plan(plan: PlanLike) -> Plan | None:

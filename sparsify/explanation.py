@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from sparsify import ops
-from sparsify.backend import Backend, graph_room, rewrite_graph, tracing_config
+from sparsify.backend import Backend, compiled_call, rewrite_graph
 from sparsify.passes.site import SiteRecord
 
 
@@ -74,12 +73,11 @@ def explain(model: Any, *inputs: Any, **kwargs: Any) -> Explanation:
 
         return run
 
-    def call(self: Any) -> Any:  # named `self` so that module paths read as in the user's own compile
+    def call(self: Any, *inputs: Any, **kwargs: Any) -> Any:  # `self`: module paths read as in the user's own compile
         return self.forward(*inputs, **kwargs) if isinstance(self, nn.Module) else self(*inputs, **kwargs)
 
     call.__code__ = call.__code__.replace()  # a code object of its own: no graph of an earlier call is reused
-    with tracing_config(graph_room(plan), (*inputs, *kwargs.values())):
-        torch.compile(call, backend=observe, dynamic=True)(function)
+    compiled_call(call, observe, plan)(function, *inputs, **kwargs)
     sites = tuple(ExplainedSite(graph, record, density)
                   for graph, pairs in enumerate(ran.values()) for record, density in pairs)
     return Explanation(str(plan).splitlines()[0] if plan is not None else "the default plan", sites)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.backend import graph_room, tracing_config
+from sparsify.backend import compiled_call
 from sparsify.passes import AttentionSite, Refused, SiteRecord, find_attention, normalise, run
 from sparsify.plan import Plan
 
@@ -16,13 +16,7 @@ from sparsify.plan import Plan
 def compiled(function: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """`function` through Dynamo under the settings of `sparsify.compile`."""
     torch._dynamo.reset()
-    call = torch.compile(function, backend=backend, fullgraph=True, **{"dynamic": True, **settings})
-
-    def traced(*inputs: Any) -> Any:
-        with tracing_config(graph_room(None), inputs):
-            return call(*inputs)
-
-    return traced
+    return compiled_call(function, backend, None, fullgraph=True, **settings)
 
 
 def capture(function: Callable[..., Any], *inputs: Any, **settings: Any) -> fx.GraphModule:

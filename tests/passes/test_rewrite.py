@@ -140,4 +140,4 @@ def test_autocast_decides_the_dtype(function, inside):
         with torch.autocast("cpu", torch.bfloat16):
             got, expected = result.call(*inputs), function(*inputs)
     assert got.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(got, expected, atol=0.05, rtol=0.05)  # a few bfloat16 roundings of values up to 4
