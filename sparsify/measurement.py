@@ -132,10 +132,13 @@ def device_name(device: torch.device) -> str:
 
 
 def checkout_commit() -> str | None:
-    """The commit of the checkout that this file is in, "-dirty" if it was edited since; None for an installed copy."""
+    """The commit of the checkout that this file is in, "-dirty" if it was edited since; None for an installed copy.
+
+    A copy of a checkout without its history says it in the environment, as SPARSIFY_COMMIT.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("SPARSIFY_COMMIT")
     try:
         described = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12",
                                     "--exclude=*"], capture_output=True, text=True, timeout=10, check=True)

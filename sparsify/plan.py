@@ -218,7 +218,7 @@ class Plan:
 
 
 # Key length below which dense is faster, or nothing can be dropped safely: no sparsity under 4K at any speed.
-CROSSOVER = {"cpu": 4096, "cuda": 4096}
+CROSSOVER = {"cpu": 4096, "cuda": 8192}
 DEFAULT_TOLERANCE = 0.03
 
 
