@@ -4,6 +4,7 @@
     python -m benchmarks.retrieval 512 4096           some lengths
     python -m benchmarks.retrieval 16384 --queries 24
 
+The plan is the CPU's default on either device: of the default plans it drops blocks from the shortest length on.
 Writes results/retrieval-cpu.json (or -cuda) and records how many points the sparse side is behind.
 """
 
@@ -34,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32).model
-    dense, sparse = compile_sides(model, Plan.default(device))
+    dense, sparse = compile_sides(model, Plan.default("cpu"))
     where = f"{device_name(torch.device(device))}, {torch.get_num_threads()} threads"
     file = RESULTS / f"retrieval-{device}.json"
     with measuring(model):

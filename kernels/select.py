@@ -243,6 +243,7 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | No
     """Summaries, peaks, kept lists; arguments as above and in `sparsify.plan.Budget`."""
     B, H, L, _ = q.shape
     S = k.shape[2]
+    q, k = _fit(q), _fit(k)
     summaries = summarise_keys(k, singles, key_mask)
     peaks = _launch_peaks(q, k, summaries, scale, causal_offset, key_mask)
     query_blocks, key_blocks = peaks.shape[2:]
@@ -258,6 +259,7 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | No
 def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
                     singles: int) -> Tensor:
     """Peaks alone, for calibration and tests; arguments as above."""
+    q, k = _fit(q), _fit(k)
     return _launch_peaks(q, k, summarise_keys(k, singles, key_mask), scale, causal_offset, key_mask)
 
 
@@ -286,6 +288,11 @@ def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float,
         D=D, D_PAD=max(16, triton.next_power_of_2(D)), HAS_KEY_MASK=key_mask is not None, num_warps=warps,
         num_stages=1, maxnreg=REGISTERS)
     return peaks
+
+
+def _fit(x: Tensor) -> Tensor:
+    """float32 beyond 128 dims is estimated in bfloat16: a query block and its squares would overflow shared memory."""
+    return x.bfloat16() if x.element_size() == 4 and x.shape[3] > 128 and x.is_cuda else x
 
 
 def _offset(causal_offset: int | None, S: int) -> int:
