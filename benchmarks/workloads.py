@@ -70,8 +70,8 @@ class Layer:
         generator = torch.Generator(w.device).manual_seed(self.length)
 
         def normal(heads: int) -> Tensor:
-            x = torch.randn(1, heads, self.length, w.head_dim, generator=generator, device=w.device)
-            return x.to(w.dtype)
+            x = torch.randn(1, self.length, heads, w.head_dim, generator=generator, device=w.device)
+            return x.to(w.dtype).transpose(1, 2)  # as models pass it
 
         return normal(w.heads), normal(w.kv_heads), normal(w.kv_heads)
 

@@ -14,8 +14,9 @@ from typing import Any
 from sparsify.errors import PlanError
 
 SCHEMA = 1
-# Key length below which dense attention is as fast: on a CPU from 4K (below, little can be dropped anyway); on a GPU the
-# launches of selection cost about half a millisecond a site, which few heads earn back before 16K.
+
+# Key length below which dense attention is as fast. On a CPU: 4K, and below it little can be dropped anyway. On a GPU
+# the launches of selection cost about half a millisecond a site, which few heads earn back before 16K.
 CROSSOVER = {"cpu": 4096, "cuda": 16384}
 DEFAULT_TOLERANCE = 0.03  # 16K tokens, the shipped model: KL 0.005 nats, loss +0.2 %; 0.04 has twice the KL
 
