@@ -9,7 +9,6 @@ benchmarks/figures.json.
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -122,9 +121,15 @@ def measure_memory(workload: Workload, length: int, side: str) -> float:
     small = Layer(workload, 256)
     calls = {"dense": lambda layer: layer.dense()["sdpa"](), "adaptive": _adaptive}
     calls[side](small)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kilobytes()
     calls[side](Layer(workload, length))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_peak_kilobytes() - before) / 1024
+
+
+def _peak_kilobytes() -> int:
+    """High-water mark of this process; `ru_maxrss` would inherit the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def _adaptive(layer: Layer) -> torch.Tensor:
