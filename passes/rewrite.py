@@ -1,9 +1,9 @@
 """Replace every chosen site by one op.
 
 Given   sites with their masks proven and budgets chosen.
-Leaves  the same graph: sparse buckets call adaptive_attention, dense ones exact_attention; what built the masks, the
-        scores and the repeated heads is gone; a record per site. The op's result stands where the old output stood,
-        with its dtype, and its strides wherever a user could see them.
+Leaves  the same graph: sparse buckets call adaptive_attention; dense ones SDPA where it can say the mask without a
+        tensor, else exact_attention; what built the masks, the scores and the repeated heads is gone; a record per
+        site. The result stands where the old output stood, with its dtype, and its strides wherever a user could see.
 Never   touches a refused site, nor a dense one that is SDPA's own business: no mask tensor, nothing to gain.
 
     softmax(q @ k^T * scale + mask) @ v   ->   sparsify.adaptive_attention(q, k, v, scale, causal_offset, key_mask, ...)
@@ -23,6 +23,7 @@ from sparsify.passes.graph import (
     emit,
     is_inert_dropout,
     mutations,
+    same,
     same_shape,
     shape,
     storage_root,
@@ -75,8 +76,13 @@ class _Rewriter:
             query, key, values = (_cast(graph, node, dtype) for node in operands)
             if site.key_transposed:
                 key = emit(graph, aten.transpose.int, key, -2, -1)
-            attention = (query, key, values, _scale(graph, site.scales), offset, visible_keys)
-            if budget.is_dense:
+            scale = _scale(graph, site.scales)
+            attention = (query, key, values, scale, offset, visible_keys)
+            if budget.is_dense and (causal := _sdpa_causality(query, key, chosen.mask)) is not None:
+                grouped = not same(shape(query)[1], shape(key)[1])
+                new = emit(graph, aten.scaled_dot_product_attention.default, query, key, values, None, 0.0, causal,
+                           scale=scale, enable_gqa=grouped)
+            elif budget.is_dense:
                 new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
             else:
                 new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
@@ -97,6 +103,21 @@ class _Rewriter:
         if known not in self.key_masks:
             self.key_masks[known] = key_mask(mask.visible_keys, leaves, kv_len, site.output)
         return self.key_masks[known]
+
+
+def _sdpa_causality(query: fx.Node, key: fx.Node, mask: MaskProof) -> bool | None:
+    """The `is_causal` by which SDPA says this mask; None where it would need a tensor, or a slow kernel.
+
+    Inductor knows SDPA, and a call of it costs the host less than an op of ours.
+    """
+    if mask.visible_keys != TRUE:
+        return None
+    on_slow_path = value(query).dtype == torch.float32 and value(query).device.type == "cuda"
+    if on_slow_path and not same(shape(query)[1], shape(key)[1]):
+        return None  # no fused kernel has grouped heads in float32; exact_attention repeats them
+    if mask.causal_offset is None:
+        return False
+    return True if mask.causal_offset == 0 and same(shape(query)[2], shape(key)[2]) else None
 
 
 def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -15,9 +15,9 @@ from sparsify.errors import PlanError
 
 SCHEMA = 1
 
-# Key length below which dense attention is as fast. On a CPU: 4K, and below it little can be dropped anyway. On a GPU
-# the launches of selection cost about half a millisecond a site, which few heads earn back before 16K.
-CROSSOVER = {"cpu": 4096, "cuda": 16384}
+# Key length below which attention is exact: on a CPU dense is as fast and little can be dropped; on a GPU dense is as
+# fast up to 8K even with many heads. With few heads the op itself decides, see `ops.attend.selection_pays`.
+CROSSOVER = {"cpu": 4096, "cuda": 8192}
 DEFAULT_TOLERANCE = 0.03  # 16K tokens, the shipped model: KL 0.005 nats, loss +0.2 %; 0.04 has twice the KL
 
 

@@ -10,6 +10,11 @@ from sparsify.ops import counters
 from sparsify.ops.checks import check_inputs, check_tolerance
 from sparsify.ops.select import keep_lists
 
+LAUNCH_SECONDS = 1.3e-3
+"""What selection, lists and attention cost the host, a call, inside a compiled model (beside an H100)."""
+DENSE_RATE = {2: 4.5e14, 4: 5e13, 8: 2.5e13}
+"""FLOP/s of dense attention on an H100 (head dim 64), by bytes an element; slower cards only gain more."""
+
 
 @torch.library.custom_op("sparsify::block_sparse_attention", mutates_args=())
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, scale: float,
@@ -42,12 +47,18 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
                        singles: int, site: int, version: int) -> Tensor:
     """Attention that drops the key blocks to which no query of a query block gives `tolerance` of its attention.
 
+    A call on CUDA that is too small for selection to pay runs exact: few heads, short sequences (`selection_pays`).
+
     Shapes and masks as in `sparsify.ops`, the budget as in `select_blocks`. `site` names the attention site to
     `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls. Returns out
     [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError.
     """
     check_inputs(q, k, v, key_mask)
     check_tolerance(tolerance)
+    if not selection_pays(q, k, v, causal_offset):
+        if counters.is_counting():
+            counters.record_all(site)
+        return exact_attention(q, k, v, scale, causal_offset, key_mask, version)
     kept, counts = keep_lists(q, k, scale, causal_offset, key_mask, tolerance, max_density, sinks, local, singles)
     if counters.is_counting():
         allowed = allowed_blocks(q.shape[2], k.shape[2], causal_offset, key_mask, q.device)
@@ -78,10 +89,11 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset
         if causal_offset is not None:
             mask = mask.tril(causal_offset)
         mask = mask[None, None] if key_mask is None else mask & key_mask[:, None, None]
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.is_cuda and q.dtype == torch.float32:  # no fused kernel has grouped heads in float32
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
     out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and not sees_all, scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+        q, k, v, attn_mask=mask, is_causal=mask is None and not sees_all, scale=scale, enable_gqa=group > 1)
     if mask is not None:  # kernels disagree about rows that see nothing: NaN, zeros or the mean of v
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return _lay_out(out)
@@ -90,6 +102,17 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset
 @exact_attention.register_fake
 def _(q, k, v, scale, causal_offset, key_mask, version):
     return _empty_out(q, v)
+
+
+def selection_pays(q: Tensor, k: Tensor, v: Tensor, causal_offset: int | None) -> bool:
+    """Whether dense attention takes long enough on CUDA to hide the launches of sparse attention; decided by shapes."""
+    return not q.is_cuda or dense_seconds(q, k, v, causal_offset) > LAUNCH_SECONDS
+
+
+def dense_seconds(q: Tensor, k: Tensor, v: Tensor, causal_offset: int | None) -> float:
+    """Seconds that dense attention of these shapes takes at `DENSE_RATE`; causal: the lower half."""
+    pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] / (1 if causal_offset is None else 2)
+    return 2 * pairs * (q.shape[3] + v.shape[3]) / DENSE_RATE[q.element_size()]
 
 
 def _attend_lists(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, scale: float,

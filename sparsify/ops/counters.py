@@ -61,6 +61,13 @@ def is_counting() -> bool:
     return bool(_ACTIVE)
 
 
+def record_all(site: int) -> None:
+    """Report one call that dropped nothing."""
+    everything = torch.ones((), dtype=torch.int64)
+    for counters in _ACTIVE:
+        counters.record(site, everything, everything)
+
+
 def record(site: int, counts: Tensor, allowed: Tensor) -> None:
     """Report one call: `counts` of its kept lists, `allowed` bool [B or 1, query blocks, key blocks]."""
     batch, heads = counts.shape[:2]

@@ -9,6 +9,7 @@ from sparsify import ops
 from sparsify.errors import OptionError, ShapeError
 from sparsify.kernels import estimate, gather, native, oracle
 from sparsify.kernels.blocks import KEY_BLOCK, KeptLists, allowed_blocks, count_blocks
+from sparsify.ops import attend
 from tests.ops.cases import MASKS, Case, assert_as_good_as_torch, plain_attention
 
 BUDGET = {"max_density": 0.9, "sinks": 1, "local": 1, "singles": 6}
@@ -17,6 +18,12 @@ CPU_PATHS = [
     pytest.param(native, marks=pytest.mark.skipif(not native.available(), reason="no C++ compiler on this machine")),
     pytest.param(gather, id="gather"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def selection_always_pays(monkeypatch):
+    """Small calls run sparse on a GPU too."""
+    monkeypatch.setattr(attend, "LAUNCH_SECONDS", 0.0)
 
 
 @pytest.fixture(params=MASKS, ids=str)
@@ -149,6 +156,21 @@ def test_counters_count_only_when_asked(rng, device):
     allowed = allowed_blocks(1000, 1000, 0, None, device).sum() * case.q.shape[0] * case.q.shape[1]
     assert density == pytest.approx((kept.sum() / allowed).item())
     assert 0 < density < 1
+
+
+def test_small_calls_on_a_gpu_run_exact(rng, device, monkeypatch):
+    monkeypatch.setattr(attend, "LAUNCH_SECONDS", 1e-3)
+    case = Case.random(rng, device, 1000, 1000, 0, None)
+    with ops.counting() as counters:
+        ops.adaptive_attention(*case.qkv, case.scale, 0, None, 0.3, *BUDGET.values(), 0, ops.VERSION)
+    assert (counters.density(0) == 1.0) == (device.type == "cuda")
+
+
+@pytest.mark.parametrize(("heads", "length", "milliseconds"), [(32, 32768, 19.5), (32, 4096, 0.305), (6, 16384, 0.458)])
+def test_dense_time_is_estimated_from_shapes(heads, length, milliseconds):
+    q = torch.empty(1, heads, length, 128 if heads == 32 else 64, dtype=torch.bfloat16, device="meta")
+    assert 1e3 * attend.dense_seconds(q, q, q, 0) == pytest.approx(milliseconds, rel=0.05)
+    assert attend.dense_seconds(q, q, q, None) == 2 * attend.dense_seconds(q, q, q, 0)
 
 
 def _arguments(**changed):
