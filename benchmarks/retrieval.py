@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+import sparsify
 from benchmarks.figures import Figure, record
-from sparsify.measurement import Side, checkout_commit, compile_sides, device_name, measuring
+from sparsify.measurement import Side, checkout_commit, device_name, measuring
 from sparsify.models.loading import TINY_LM, load_model
 from sparsify.models.tasks import Rows, exact_match, retrieval_rows
 from sparsify.plan import Plan
@@ -35,7 +36,9 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32).model
-    dense, sparse = compile_sides(model, Plan.default("cpu"))
+    dense, sparse = Side(model), Side(model)
+    sparsify.compile(dense, Plan.dense())
+    sparsify.compile(sparse, Plan.default("cpu"))
     where = f"{device_name(torch.device(device))}, {torch.get_num_threads()} threads"
     file = RESULTS / f"retrieval-{device}.json"
     with measuring(model):

@@ -137,13 +137,14 @@ def checkout_commit() -> str | None:
     A copy of a checkout without its history says it in the environment, as SPARSIFY_COMMIT.
     """
     root = Path(__file__).resolve().parent.parent
+    elsewhere = os.environ.get("SPARSIFY_COMMIT")
     if not (root / ".git").exists():
-        return os.environ.get("SPARSIFY_COMMIT")
+        return elsewhere
     try:
         described = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12",
                                     "--exclude=*"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
+        return elsewhere
     return described.stdout.strip()
 
 
