@@ -134,18 +134,23 @@ def device_name(device: torch.device) -> str:
 def checkout_commit() -> str | None:
     """The commit of the checkout that this file is in, "-dirty" if it was edited since; None for an installed copy.
 
-    A copy of a checkout without its history says it in the environment, as SPARSIFY_COMMIT.
+    What benchmarks write is no edit. A copy of a checkout without its history says it in the environment, as
+    SPARSIFY_COMMIT.
     """
     root = Path(__file__).resolve().parent.parent
-    elsewhere = os.environ.get("SPARSIFY_COMMIT")
-    if not (root / ".git").exists():
-        return elsewhere
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10,
+                              check=True).stdout.strip()
+
     try:
-        described = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12",
-                                    "--exclude=*"], capture_output=True, text=True, timeout=10, check=True)
+        if not (root / ".git").exists():
+            return os.environ.get("SPARSIFY_COMMIT")
+        edited = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results",
+                     ":!benchmarks/figures.json")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if edited else "")
     except (OSError, subprocess.SubprocessError):
-        return elsewhere
-    return described.stdout.strip()
+        return os.environ.get("SPARSIFY_COMMIT")
 
 
 @dataclass
