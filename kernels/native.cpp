@@ -122,6 +122,15 @@ struct Problem {
     const uint8_t* shown_of(int64_t b) const { return shown ? shown + b * shown_batch : nullptr; }
 };
 
+// `rows` rows of a tensor, side by side: heads that are interleaved in memory lie a power of two apart, and 64 rows of
+// one head would share a few sets of the first-level cache.
+static const float* side_by_side(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim,
+                                 float* copy) {
+    if (x.row == dim) return x.at(b, h, first);
+    for (int64_t r = 0; r < rows; r++) std::memcpy(copy + r * dim, x.at(b, h, first + r), dim * sizeof(float));
+    return copy;
+}
+
 // q of one query block as [dim][ROWS], scaled; rows past the end are zero.
 static void transpose_queries(const Problem& P, int64_t b, int64_t h, int64_t tile, vec* queries) {
     float* to = (float*)queries;
@@ -157,6 +166,7 @@ static int64_t claim(Problem& P) {
 extern "C" void attend(Problem* problem) {
     Problem& P = *problem;
     Buffer queries(P.dim * VECTORS), scores(KEYS * VECTORS), mixed(P.value_dim * VECTORS);
+    Buffer copy(KEYS * std::max(P.dim, P.value_dim) / LANES + 1);
     int64_t tiles = P.query_blocks(), group = P.heads / P.kv_heads;
     for (int64_t item; (item = claim(P)) >= 0;) {
         int64_t tile = item % tiles, h = item / tiles % P.heads, b = item / tiles / P.heads, kv = h / group;
@@ -169,7 +179,8 @@ extern "C" void attend(Problem* problem) {
         for (int32_t entry = 0; entry < P.counts[item]; entry++) {
             int64_t block = list[entry], keys = std::min<int64_t>(KEYS, P.kv_len - block * KEYS);
             if (keys <= 0) continue;  // the padding id
-            product<false>(P.k.at(b, kv, block * KEYS), P.k.row, 1, queries, scores, keys, P.dim);
+            const float* k = side_by_side(P.k, b, kv, block * KEYS, keys, P.dim, (float*)copy.data);
+            product<false>(k, P.dim, 1, queries, scores, keys, P.dim);
             if (needs_hiding(P, shown, tile, block)) hide(P, shown, tile, block, scores);
             vec shift[VECTORS], keep[VECTORS];
             for (int j = 0; j < VECTORS; j++) {
@@ -189,7 +200,8 @@ extern "C" void attend(Problem* problem) {
             }
             for (int64_t d = 0; d < P.value_dim; d++)
                 for (int j = 0; j < VECTORS; j++) mixed[d * VECTORS + j] *= keep[j];
-            product<true>(P.v.at(b, kv, block * KEYS), 1, P.v.row, scores, mixed, P.value_dim, keys);
+            const float* v = side_by_side(P.v, b, kv, block * KEYS, keys, P.value_dim, (float*)copy.data);
+            product<true>(v, 1, P.value_dim, scores, mixed, P.value_dim, keys);
         }
         int64_t rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
         for (int64_t r = 0; r < rows; r++) {

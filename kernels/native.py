@@ -13,6 +13,7 @@ there is no compiler; gather.py and estimate.py then do the same in plain torch.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -27,6 +28,7 @@ from torch import Tensor
 from sparsify.kernels import oracle
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, count_blocks
 
+log = logging.getLogger("sparsify")
 SOURCE = Path(__file__).with_name("native.cpp")
 # Not -ffast-math: as a shared library it would switch denormals off for the whole process.
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-std=c++17",
@@ -141,6 +143,9 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="sparsify")
 
 
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork inherits the pool, but none of its threads
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled library, from the cache or built now; None where it cannot be built."""
@@ -148,15 +153,15 @@ def _library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
-    for folder in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsify",
-                   Path(tempfile.gettempdir()) / f"sparsify-{os.getuid()}"):
-        target = folder / f"native-{key}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsify"
+    for folder in (cache, None):
         try:
+            target = (folder or Path(tempfile.mkdtemp(prefix="sparsify-"))) / f"native-{key}.so"
             if not target.exists():
                 _build(compiler, target)
             return ctypes.CDLL(str(target))
-        except (OSError, subprocess.SubprocessError):  # a read-only home, a compiler that cannot
-            continue
+        except (OSError, subprocess.SubprocessError) as error:  # a read-only home, a compiler that cannot
+            log.info("sparsify: %s could not be built in %s: %s", SOURCE.name, folder or "a temporary folder", error)
     return None
 
 

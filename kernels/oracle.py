@@ -166,18 +166,18 @@ def pack(kept: Tensor, peaks: Tensor, allowed: Tensor) -> KeptLists:
     has_spare = (spare >= 0).any(-1, keepdim=True)
     chosen = torch.zeros_like(kept).scatter(-1, best, True) & odd & has_spare
     kept = kept | chosen
-    count = kept.sum(-1)
+    rows = kept.flatten(0, -2)
+    count = rows.sum(-1)
+    row, block = rows.nonzero(as_tuple=True)
+    place = torch.arange(len(row), device=kept.device) - (count.cumsum(0) - count)[row]
+    lists = torch.zeros(len(rows), capacity(blocks), dtype=torch.int32, device=kept.device)
+    lists[row, place] = block.int()
     padding = torch.where(count == 0, TILE, count % TILE)
-
-    room = capacity(blocks)
-    ids = torch.arange(blocks, device=kept.device).expand_as(kept)
-    order = torch.where(kept, ids, blocks + ids).argsort(dim=-1, stable=True)
-    lists = torch.zeros(*kept.shape[:-1], room, dtype=torch.int32, device=kept.device)
-    lists[..., :blocks] = ids.gather(-1, order).int()
-    entry = torch.arange(room, device=kept.device)
-    past = entry - count[..., None]
-    lists = torch.where(past >= 0, torch.where(past < padding[..., None], blocks + past, 0).int(), lists)
-    return KeptLists(lists.contiguous(), (count + padding).int().contiguous())
+    for extra in range(TILE):
+        short = padding > extra
+        lists[short, count[short] + extra] = blocks + extra
+    shape = kept.shape[:-1]
+    return KeptLists(lists.view(*shape, capacity(blocks)), (count + padding).int().view(shape))
 
 
 def unpack(lists: KeptLists, key_blocks: int) -> Tensor:
