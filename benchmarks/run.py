@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--length", type=int, action="append", help="instead of the workload's lengths")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--budget-ms", type=float, default=60, help="time for one contender in one round")
+    parser.add_argument("--budget-ms", type=float, default=200, help="time for one contender in one round")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--memory", choices=("dense", "adaptive"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
