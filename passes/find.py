@@ -35,7 +35,7 @@ from sparsify.passes.graph import (
     storage_root,
     value,
 )
-from sparsify.passes.site import AttentionSite, Form, MaskTerm, Refused, Scale
+from sparsify.passes.site import NEEDS_GRADIENTS, AttentionSite, Form, MaskTerm, Refused, Scale
 
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.contiguous.default, aten.clone.default,
          aten.alias.default}
@@ -211,7 +211,7 @@ def _complete(site: AttentionSite, product: fx.Node, writes: _Writes) -> Attenti
         if value(node).dtype not in DTYPES:
             return refuse(f"{name} is {value(node).dtype}; the ops take float16, bfloat16 and float32")
     if site.output.meta["requires_grad"]:
-        return refuse("gradients are needed and the ops have no backward; call the model under torch.no_grad()")
+        return refuse(NEEDS_GRADIENTS)
     compute, scores = value(site.output).dtype, value(product).dtype
     if scores.itemsize > compute.itemsize:
         return refuse(f"the scores are {scores} but the output is {compute}")

@@ -13,6 +13,9 @@ BATCH, HEAD, QUERY, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) fo
 """The indices of a score, as mask proofs name them."""
 TRUE = sympy.true
 
+NEEDS_GRADIENTS = "gradients are needed and the ops have no backward; call the model under torch.no_grad()"
+"""Why a site under enabled grad mode is refused."""
+
 Form = Literal["sdpa", "softmax chain", "other"]
 Outcome = Literal["sparse", "exact", "kept dense", "refused"]
 

@@ -23,7 +23,7 @@ from torch._dynamo.exc import RestartAnalysis, TorchDynamoException
 
 from sparsify import passes
 from sparsify.errors import DeviceError, ModelError, OptionError, ShapeError
-from sparsify.passes.site import SiteRecord
+from sparsify.passes.site import NEEDS_GRADIENTS, SiteRecord
 from sparsify.plan import Plan, resolve_plan
 
 DEVICES = ("cpu", "cuda")
@@ -215,7 +215,9 @@ def _warn_once(message: str) -> None:
 
 
 def _log(records: Sequence[SiteRecord]) -> None:
-    """One line for the bucket that this graph serves."""
+    """One line for the bucket that this graph serves; a warning where grad mode alone keeps attention as it was."""
+    if any(record.why == NEEDS_GRADIENTS for record in records):
+        _warn_once(f"sparsify left attention as it was: {NEEDS_GRADIENTS}. Training runs as under torch.compile.")
     taken = [record for record in records if record.outcome != "refused"]
     buckets = ", ".join(dict.fromkeys(record.bucket for record in taken)) or "none"
     budgets = Counter(record.budget for record in taken)
