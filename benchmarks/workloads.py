@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify import ops
-from sparsify.kernels import oracle
+from sparsify.kernels import rule
 from sparsify.kernels.blocks import (
     KEY_BLOCK,
     QUERY_BLOCK,
@@ -100,7 +100,7 @@ class Layer:
         lists = []
         for _ in range(w.heads):  # head by head: the scores of all heads at 128K keys would take 20 GB
             luck = torch.rand(1, 1, *allowed.shape[1:], generator=generator, device=device)
-            lists.append(oracle.pack(allowed[:, None] & (forced[:, None] | (luck < share)), luck, allowed))
+            lists.append(rule.pack(allowed[:, None] & (forced[:, None] | (luck < share)), luck, allowed))
         return KeptLists(torch.cat([x.kept for x in lists], 1), torch.cat([x.counts for x in lists], 1))
 
     def kept_share(self, lists: KeptLists | None) -> float:
@@ -110,7 +110,7 @@ class Layer:
         area, kept = self.visible_pairs, 0.0
         for head in range(lists.counts.shape[1]):
             one = KeptLists(lists.kept[:, head:head + 1].cpu(), lists.counts[:, head:head + 1].cpu())
-            kept += float((oracle.unpack(one, area.shape[1])[0, 0] * area).sum())
+            kept += float((rule.unpack(one, area.shape[1])[0, 0] * area).sum())
         return kept / (float(area.sum()) * lists.counts.shape[1])
 
     def dense(self) -> dict[str, Call]:
@@ -167,7 +167,7 @@ class Layer:
             hidden = torch.arange(self.length, device=q.device) > row[:, None]
             if lists is not None:
                 one = KeptLists(lists.kept[:, head:head + 1], lists.counts[:, head:head + 1])
-                kept = oracle.unpack(one, count_blocks(self.length, KEY_BLOCK))[0, 0]
+                kept = rule.unpack(one, count_blocks(self.length, KEY_BLOCK))[0, 0]
                 hidden |= ~kept[row // QUERY_BLOCK].repeat_interleave(KEY_BLOCK, 1)[:, : self.length]
             exact = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
             error += float((out[0, head, row].double() - exact).square().sum())

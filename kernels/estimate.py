@@ -1,4 +1,4 @@
-"""Selection on a CPU: split summaries, the peaks they predict, kept lists.
+"""Split summaries on a CPU in plain torch, and the peaks they predict.
 
     q          [B, H, q_len, D]     fp64, fp32, bf16 or fp16; any strides
     k          [B, Hkv, kv_len, D]  same dtype; any strides
@@ -14,18 +14,9 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import oracle
-from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, count_blocks
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, count_blocks
 
 WORKSPACE = 1 << 20  # scores per step: 4 MB
-
-
-def select_blocks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
-                  tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> KeptLists:
-    """The kept lists of every query block; the rule is `oracle.choose_blocks`."""
-    peaks = estimated_peaks(q, k, scale=scale, causal_offset=causal_offset, key_mask=key_mask, singles=singles)
-    return oracle.choose_blocks(peaks, q_len=q.shape[2], kv_len=k.shape[2], tolerance=tolerance,
-                                max_density=max_density, sinks=sinks, local=local, causal_offset=causal_offset,
-                                key_mask=key_mask)
 
 
 def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,

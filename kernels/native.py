@@ -25,8 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsify.kernels import oracle
-from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, count_blocks
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, count_blocks
 
 log = logging.getLogger("sparsify")
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -63,15 +62,6 @@ def why_not(q: Tensor) -> str | None:
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{q.dtype} is not computed natively"
     return None if available() else "no C++ compiler was found"
-
-
-def select_blocks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
-                  tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> KeptLists:
-    """The kept lists of every query block; the rule is `oracle.choose_blocks`."""
-    peaks = estimated_peaks(q, k, scale=scale, causal_offset=causal_offset, key_mask=key_mask, singles=singles)
-    return oracle.choose_blocks(peaks, q_len=q.shape[2], kv_len=k.shape[2], tolerance=tolerance,
-                                max_density=max_density, sinks=sinks, local=local, causal_offset=causal_offset,
-                                key_mask=key_mask)
 
 
 def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,

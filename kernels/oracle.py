@@ -15,15 +15,13 @@ from torch import Tensor
 from sparsify.kernels.blocks import (
     KEY_BLOCK,
     QUERY_BLOCK,
-    TILE,
     KeptLists,
     SplitSummaries,
     allowed_blocks,
     boundary_blocks,
-    capacity,
     count_blocks,
-    forced_blocks,
 )
+from sparsify.kernels.rule import choose_blocks
 
 
 def visible(q_len: int, kv_len: int, causal_offset: int | None, key_mask: Tensor | None,
@@ -142,58 +140,6 @@ def peaks(shares: Tensor) -> Tensor:
     pad = count_blocks(q_len, QUERY_BLOCK) * QUERY_BLOCK - q_len
     padded = torch.nn.functional.pad(shares, (0, 0, 0, pad))
     return padded.unflatten(2, (-1, QUERY_BLOCK)).amax(3)
-
-
-def keep(peaks: Tensor, *, q_len: int, kv_len: int, tolerance: float, max_density: float, sinks: int, local: int,
-         causal_offset: int | None = None, key_mask: Tensor | None = None) -> Tensor:
-    """The rule: bool, shaped as `peaks`. Before lists are evened out."""
-    allowed = allowed_blocks(q_len, kv_len, causal_offset, key_mask, peaks.device)
-    boundary = boundary_blocks(q_len, kv_len, causal_offset, peaks.device)
-    forced = forced_blocks(allowed, boundary, sinks, local)[:, None]
-    allowed = allowed[:, None].expand_as(peaks)
-    kept = allowed & (forced | (peaks >= tolerance))
-    nearly_all = kept.sum(-1, keepdim=True) > max_density * allowed.sum(-1, keepdim=True)
-    return kept | (allowed & nearly_all)
-
-
-def pack(kept: Tensor, peaks: Tensor, allowed: Tensor) -> KeptLists:
-    """Kept blocks as lists, evened out, see `KeptLists`. `allowed` is bool [B or 1, query blocks, key blocks]."""
-    blocks = kept.shape[-1]
-    odd = kept.sum(-1, keepdim=True) % TILE == 1
-    # Highest peak, then highest id: a later block wins a tie because `argmax` of the flipped row finds it first.
-    spare = torch.where(allowed[:, None] & ~kept, peaks, -1.0)
-    best = blocks - 1 - spare.flip(-1).argmax(-1, keepdim=True)
-    has_spare = (spare >= 0).any(-1, keepdim=True)
-    chosen = torch.zeros_like(kept).scatter(-1, best, True) & odd & has_spare
-    kept = kept | chosen
-    rows = kept.flatten(0, -2)
-    count = rows.sum(-1)
-    row, block = rows.nonzero(as_tuple=True)
-    place = torch.arange(len(row), device=kept.device) - (count.cumsum(0) - count)[row]
-    lists = torch.zeros(len(rows), capacity(blocks), dtype=torch.int32, device=kept.device)
-    lists[row, place] = block.int()
-    padding = torch.where(count == 0, TILE, count % TILE)
-    for extra in range(TILE):
-        short = padding > extra
-        lists[short, count[short] + extra] = blocks + extra
-    shape = kept.shape[:-1]
-    return KeptLists(lists.view(*shape, capacity(blocks)), (count + padding).int().view(shape))
-
-
-def unpack(lists: KeptLists, key_blocks: int) -> Tensor:
-    """Kept lists as a bool mask [B, H, query blocks, key blocks]; padding ids are gone."""
-    entry = torch.arange(lists.kept.shape[-1], device=lists.kept.device)
-    ids = torch.where(entry < lists.counts[..., None], lists.kept, key_blocks).long().clamp(max=key_blocks)
-    mask = torch.zeros(*lists.counts.shape, key_blocks + 1, dtype=torch.bool, device=lists.kept.device)
-    return mask.scatter(-1, ids, True)[..., :key_blocks]
-
-
-def choose_blocks(peaks: Tensor, *, q_len: int, kv_len: int, tolerance: float, max_density: float, sinks: int,
-                  local: int, causal_offset: int | None, key_mask: Tensor | None) -> KeptLists:
-    """From peaks to kept lists: the rule, then lists."""
-    kept = keep(peaks, q_len=q_len, kv_len=kv_len, tolerance=tolerance, max_density=max_density, sinks=sinks,
-                local=local, causal_offset=causal_offset, key_mask=key_mask)
-    return pack(kept, peaks, allowed_blocks(q_len, kv_len, causal_offset, key_mask, peaks.device))
 
 
 def select_blocks(q: Tensor, k: Tensor, *, scale: float, tolerance: float, max_density: float, sinks: int, local: int,

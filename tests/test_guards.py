@@ -9,7 +9,7 @@ from torch import nn
 
 import sparsify
 from sparsify import Bucket, Budget, Plan, backend, ops
-from sparsify.kernels import oracle
+from sparsify.kernels import oracle, rule
 
 MASKED_BATCH_ONE = 0 if torch.__version__ >= (2, 13) else 1
 """Graphs that torch adds by itself: before 2.13, tracing SDPA with a mask tells a batch of 1 apart."""
@@ -168,7 +168,7 @@ def _sparse_reference(model, inputs, budget):
                                        budget.tolerance, budget.max_density, budget.sinks, budget.local,
                                        budget.singles)
     blocks = (k.shape[2] + 63) // 64
-    kept = oracle.unpack(oracle.KeptLists(*lists), blocks)
+    kept = rule.unpack(oracle.KeptLists(*lists), blocks)
     out, _ = oracle.attention(q.double(), k.double(), v.double(), kept=kept, **masks)
     return out.transpose(1, 2).flatten(2)
 

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from benchmarks.figures import Figure, record
 from sparsify import ops
-from sparsify.kernels import oracle
+from sparsify.kernels import oracle, rule
 from sparsify.kernels.blocks import allowed_blocks
 from sparsify.measurement import device_name, encode
 from sparsify.models.loading import load_model
@@ -60,12 +60,12 @@ class SparseAttention:
         if self.shares is None:
             return ops.exact_attention(q, k, v, scaling, 0, None, ops.VERSION).transpose(1, 2), None
         peaks = oracle.peaks(self.shares(q, k, scaling))
-        kept = oracle.keep(peaks, q_len=length, kv_len=length, tolerance=self.tolerance, max_density=1.0, sinks=1,
+        kept = rule.keep(peaks, q_len=length, kv_len=length, tolerance=self.tolerance, max_density=1.0, sinks=1,
                            local=1, causal_offset=0)
         allowed = allowed_blocks(length, length, 0, None, q.device)
         self.kept += int(kept.sum())
         self.allowed += int(allowed.sum()) * q.shape[1]
-        lists = oracle.pack(kept, peaks, allowed)
+        lists = rule.pack(kept, peaks, allowed)
         return ops.block_sparse_attention(q, k, v, *lists, scaling, 0, None)[0].transpose(1, 2), None
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.kernels import estimate, native
-from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, capacity, count_blocks
+from sparsify.kernels import estimate, native, rule
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, capacity, count_blocks
 from sparsify.ops.checks import check_inputs, check_tolerance
 
 
@@ -19,7 +19,7 @@ def select_blocks(q: Tensor, k: Tensor, scale: float, causal_offset: int | None,
     Shapes and masks as in `sparsify.ops`. tolerance and max_density are shares, 0 to 1; sinks and local are key blocks
     that are always kept; singles is m, the keys that a split summary keeps single (see `sparsify.Budget`).
     Returns kept int32 [B, H, query blocks, capacity] and counts int32 [B, H, query blocks], see `KeptLists`.
-    Raises ShapeError, DeviceError. Source: kernels/oracle.py defines the rule.
+    Raises ShapeError, DeviceError, OptionError. Source: kernels/oracle.py defines the peaks, kernels/rule.py the rule.
     """
     check_inputs(q, k, None, key_mask)
     check_tolerance(tolerance)
@@ -37,12 +37,12 @@ def _(q, k, scale, causal_offset, key_mask, tolerance, max_density, sinks, local
 def keep_lists(q: Tensor, k: Tensor, scale: float, causal_offset: int | None, key_mask: Tensor | None,
                tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> tuple[Tensor, Tensor]:
     """Select on the device of q, for the ops that need lists; the arguments are those of `select_blocks`."""
-    select = _select_cuda if q.is_cuda else estimate.select_blocks if native.why_not(q) else native.select_blocks
-    return select(q, k, scale=scale, causal_offset=causal_offset, key_mask=key_mask, tolerance=tolerance,
-                  max_density=max_density, sinks=sinks, local=local, singles=singles)
+    masks: dict[str, Any] = {"causal_offset": causal_offset, "key_mask": key_mask}
+    budget: dict[str, Any] = {"tolerance": tolerance, "max_density": max_density, "sinks": sinks, "local": local}
+    if q.is_cuda:
+        from sparsify.kernels import select  # Triton: imported when a CUDA op runs, not before
 
-
-def _select_cuda(*tensors: Tensor, **budget: Any) -> KeptLists:
-    from sparsify.kernels import select  # Triton: imported when a CUDA op runs, not before
-
-    return select.select_blocks(*tensors, **budget)
+        return select.select_blocks(q, k, scale=scale, singles=singles, **masks, **budget)
+    estimator = estimate if native.why_not(q) else native
+    peaks = estimator.estimated_peaks(q, k, scale=scale, singles=singles, **masks)
+    return rule.choose_blocks(peaks, q_len=q.shape[2], kv_len=k.shape[2], **masks, **budget)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.kernels import blocks, oracle
+from sparsify.kernels import blocks, oracle, rule
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def random_lists(rng: torch.Generator, case: Case, mask: Tensor | None, density:
     sizes = (case.L, case.S, case.causal_offset, mask, rng.device)
     allowed = blocks.allowed_blocks(*sizes)
     peaks = torch.rand(case.B, case.H, *allowed.shape[1:], generator=rng, device=rng.device)
-    kept = oracle.keep(peaks, q_len=case.L, kv_len=case.S, tolerance=1 - density, max_density=1.0, sinks=1, local=1,
+    kept = rule.keep(peaks, q_len=case.L, kv_len=case.S, tolerance=1 - density, max_density=1.0, sinks=1, local=1,
                        causal_offset=case.causal_offset, key_mask=mask)
-    return oracle.pack(kept, peaks, allowed)
+    return rule.pack(kept, peaks, allowed)
 
 
 def judge(ours: Tensor, plain: Tensor, exact: Tensor, rounding: float) -> tuple[float, float]:
@@ -80,7 +80,7 @@ def assert_attention_is_right(attend, rng: torch.Generator, case: Case, dtype: t
     lists = random_lists(rng, case, mask, density)
     call = {"scale": scale, "causal_offset": case.causal_offset, "key_mask": mask}
     out, lse = attend(q, k, v, *lists, **call)
-    kept = oracle.unpack(lists, case.blocks)
+    kept = rule.unpack(lists, case.blocks)
     exact, exact_lse = oracle.attention(q.double(), k.double(), v.double(), **call, kept=kept)
     plain, _ = oracle.attention(q, k, v, **call, kept=kept)
     _, plain_lse = oracle.attention(q.float(), k.float(), v.float(), **call, kept=kept)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import Case, judge, key_mask, qkv
 
-from sparsify.kernels import blocks, oracle
+from sparsify.kernels import blocks, oracle, rule
 from sparsify.kernels.select import estimated_peaks, select_blocks
 
 SMALL = [
@@ -53,9 +53,9 @@ def assert_lists_obey(lists, exact, band, case, mask, tolerance, max_density):
     boundary = blocks.boundary_blocks(case.L, case.S, case.causal_offset, device)
     forced = blocks.forced_blocks(allowed, boundary, **RULE)[:, None]
     allowed = allowed[:, None].expand_as(exact)
-    kept = oracle.unpack(lists, case.blocks)
+    kept = rule.unpack(lists, case.blocks)
     # The layout: exactly what `pack` makes of the same set, which the even fill has already evened out.
-    repacked = oracle.pack(kept, exact, allowed[:, 0])
+    repacked = rule.pack(kept, exact, allowed[:, 0])
     assert torch.equal(lists.kept, repacked.kept) and torch.equal(lists.counts, repacked.counts)
 
     surely = allowed & (forced | (exact >= tolerance + band))

@@ -7,7 +7,7 @@ import torch
 
 from sparsify import ops
 from sparsify.errors import OptionError, ShapeError
-from sparsify.kernels import estimate, gather, native, oracle
+from sparsify.kernels import estimate, gather, native, oracle, rule
 from sparsify.kernels.blocks import KEY_BLOCK, KeptLists, allowed_blocks, count_blocks
 from sparsify.ops import attend
 from tests.ops.cases import MASKS, Case, assert_as_good_as_torch, plain_attention
@@ -55,7 +55,7 @@ def test_only_kept_blocks_are_attended(case, dtype, poisoned_memory):
     lists = KeptLists(*ops.select_blocks(*case.qkv[:2], case.scale, case.causal_offset, case.key_mask, 0.1,
                                          *BUDGET.values()))
     out, lse = ops.block_sparse_attention(*case.qkv, *lists, case.scale, case.causal_offset, case.key_mask)
-    kept = oracle.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
+    kept = rule.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
     exact, exact_lse = oracle.attention(*case.double().qkv, **case.masks, kept=kept)
     assert_as_good_as_torch(out, plain_attention(case, kept), exact)
     sees = exact_lse.isfinite()
@@ -81,12 +81,12 @@ def test_selection_follows_the_rule(case, tolerance):
     peaks = oracle.peaks(oracle.estimated_shares(q, k, singles=6, **case.masks))
     sizes = {"q_len": q.shape[2], "kv_len": k.shape[2], "causal_offset": case.causal_offset, "key_mask": case.key_mask}
     budget = {name: BUDGET[name] for name in ("sinks", "local")}
-    kept = oracle.unpack(lists, peaks.shape[3])
+    kept = rule.unpack(lists, peaks.shape[3])
     allowed = allowed_blocks(q.shape[2], k.shape[2], case.causal_offset, case.key_mask, q.device)[:, None]
     # float32 against float64: a peak may fall on the other side only within rounding of the tolerance.
     band = 1e-4
-    surely = oracle.keep(peaks, **sizes, **budget, tolerance=tolerance + band, max_density=1.0)
-    perhaps = oracle.keep(peaks, **sizes, **budget, tolerance=tolerance - band, max_density=1.0)
+    surely = rule.keep(peaks, **sizes, **budget, tolerance=tolerance + band, max_density=1.0)
+    perhaps = rule.keep(peaks, **sizes, **budget, tolerance=tolerance - band, max_density=1.0)
     assert not (surely & ~kept).any(), "a block above the tolerance was dropped"
     extra = (kept & ~perhaps).sum(-1)  # evening out adds one block, max_density all of them
     nearly_all = perhaps.sum(-1) > BUDGET["max_density"] * allowed.sum(-1)
@@ -100,15 +100,17 @@ def test_cpu_paths_agree_with_the_definition(path, rng, poisoned_memory):
     on_cpu = torch.Generator().manual_seed(rng.initial_seed())
     for shape in MASKS:
         case = Case.random(on_cpu, torch.device("cpu"), *shape)
-        select = native if path is native else estimate
-        lists = select.select_blocks(*case.qkv[:2], **case.masks, tolerance=0.1, **BUDGET)
-        out, _ = path.block_sparse_attention(*case.qkv, *lists, **case.masks)
-        kept = oracle.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
-        exact, _ = oracle.attention(*case.double().qkv, **case.masks, kept=kept)
-        assert_as_good_as_torch(out, plain_attention(case, kept), exact)
-        peaks = select.estimated_peaks(*case.qkv[:2], **case.masks, singles=6)
+        peaks = (native if path is native else estimate).estimated_peaks(*case.qkv[:2], **case.masks, singles=6)
         shares = oracle.estimated_shares(*case.double().qkv[:2], **case.masks, singles=6)
         torch.testing.assert_close(peaks.double(), oracle.peaks(shares), rtol=0, atol=2e-5)
+        kept = rule.keep(peaks, q_len=case.q.shape[2], kv_len=case.k.shape[2], tolerance=0.1, max_density=0.9, sinks=1,
+                         local=1, causal_offset=case.causal_offset, key_mask=case.key_mask)
+        allowed = allowed_blocks(case.q.shape[2], case.k.shape[2], case.causal_offset, case.key_mask, kept.device)
+        lists = rule.pack(kept, peaks, allowed)
+        out, _ = path.block_sparse_attention(*case.qkv, *lists, **case.masks)
+        kept = rule.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
+        exact, _ = oracle.attention(*case.double().qkv, **case.masks, kept=kept)
+        assert_as_good_as_torch(out, plain_attention(case, kept), exact)
 
 
 @pytest.mark.parametrize("head_dims", [(16, 16), (17, 19), (80, 80), (128, 64), (256, 256)], ids=str)
@@ -152,7 +154,7 @@ def test_counters_count_only_when_asked(rng, device):
     assert counters.sites() == [7]
 
     lists = ops.select_blocks(*case.qkv[:2], case.scale, 0, None, 0.3, *BUDGET.values())
-    kept = oracle.unpack(KeptLists(*lists), count_blocks(1000, KEY_BLOCK))
+    kept = rule.unpack(KeptLists(*lists), count_blocks(1000, KEY_BLOCK))
     allowed = allowed_blocks(1000, 1000, 0, None, device).sum() * case.q.shape[0] * case.q.shape[1]
     assert density == pytest.approx((kept.sum() / allowed).item())
     assert 0 < density < 1

@@ -1,0 +1,65 @@
+"""The rule of selection: from peaks to kept lists, in plain torch. The CPU path runs it; tests hold the GPU's to it.
+
+    peaks      [B, H, query blocks, key blocks]: largest share that any row of a query block gives a key block
+    key_mask   bool [B or 1, kv_len] or None
+    tolerance  a block is kept where its peak reaches it; `max_density`, `sinks`, `local` as in `sparsify.Budget`
+
+Source: absolute tolerance on row peaks, this project's own (ARCHITECTURE.md, "Peaks under one absolute tolerance").
+"""
+
+import torch
+from torch import Tensor
+
+from sparsify.kernels.blocks import TILE, KeptLists, allowed_blocks, boundary_blocks, capacity, forced_blocks
+
+
+def choose_blocks(peaks: Tensor, *, q_len: int, kv_len: int, tolerance: float, max_density: float, sinks: int,
+                  local: int, causal_offset: int | None, key_mask: Tensor | None) -> KeptLists:
+    """From peaks to kept lists: the rule, then lists."""
+    kept = keep(peaks, q_len=q_len, kv_len=kv_len, tolerance=tolerance, max_density=max_density, sinks=sinks,
+                local=local, causal_offset=causal_offset, key_mask=key_mask)
+    return pack(kept, peaks, allowed_blocks(q_len, kv_len, causal_offset, key_mask, peaks.device))
+
+
+def keep(peaks: Tensor, *, q_len: int, kv_len: int, tolerance: float, max_density: float, sinks: int, local: int,
+         causal_offset: int | None = None, key_mask: Tensor | None = None) -> Tensor:
+    """The rule: bool, shaped as `peaks`. Before lists are evened out."""
+    allowed = allowed_blocks(q_len, kv_len, causal_offset, key_mask, peaks.device)
+    boundary = boundary_blocks(q_len, kv_len, causal_offset, peaks.device)
+    forced = forced_blocks(allowed, boundary, sinks, local)[:, None]
+    allowed = allowed[:, None].expand_as(peaks)
+    kept = allowed & (forced | (peaks >= tolerance))
+    nearly_all = kept.sum(-1, keepdim=True) > max_density * allowed.sum(-1, keepdim=True)
+    return kept | (allowed & nearly_all)
+
+
+def pack(kept: Tensor, peaks: Tensor, allowed: Tensor) -> KeptLists:
+    """Kept blocks as lists, evened out, see `KeptLists`. `allowed` is bool [B or 1, query blocks, key blocks]."""
+    blocks = kept.shape[-1]
+    odd = kept.sum(-1, keepdim=True) % TILE == 1
+    # Highest peak, then highest id: a later block wins a tie because `argmax` of the flipped row finds it first.
+    spare = torch.where(allowed[:, None] & ~kept, peaks, -1.0)
+    best = blocks - 1 - spare.flip(-1).argmax(-1, keepdim=True)
+    has_spare = (spare >= 0).any(-1, keepdim=True)
+    chosen = torch.zeros_like(kept).scatter(-1, best, True) & odd & has_spare
+    kept = kept | chosen
+    rows = kept.flatten(0, -2)
+    count = rows.sum(-1)
+    row, block = rows.nonzero(as_tuple=True)
+    place = torch.arange(len(row), device=kept.device) - (count.cumsum(0) - count)[row]
+    lists = torch.zeros(len(rows), capacity(blocks), dtype=torch.int32, device=kept.device)
+    lists[row, place] = block.int()
+    padding = torch.where(count == 0, TILE, count % TILE)
+    for extra in range(TILE):
+        short = padding > extra
+        lists[short, count[short] + extra] = blocks + extra
+    shape = kept.shape[:-1]
+    return KeptLists(lists.view(*shape, capacity(blocks)), (count + padding).int().view(shape))
+
+
+def unpack(lists: KeptLists, key_blocks: int) -> Tensor:
+    """Kept lists as a bool mask [B, H, query blocks, key blocks]; padding ids are gone."""
+    entry = torch.arange(lists.kept.shape[-1], device=lists.kept.device)
+    ids = torch.where(entry < lists.counts[..., None], lists.kept, key_blocks).long().clamp(max=key_blocks)
+    mask = torch.zeros(*lists.counts.shape, key_blocks + 1, dtype=torch.bool, device=lists.kept.device)
+    return mask.scatter(-1, ids, True)[..., :key_blocks]
