@@ -80,7 +80,7 @@ def plain_attention(case: Case, kept: Tensor | None = None) -> Tensor:
 def assert_as_good_as_torch(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     """The error of `ours` is at most twice plain torch's own, plus the rounding of weights, sums and result."""
     assert not ours.isnan().any()
-    # A weight is exp(score): a score of size s, rounded, moves it by s eps, and peaked scores here reach 10. With one eps
+    # A weight is exp(score): a score of size s, rounded, moves it by s eps, and scores here reach 10. With one eps
     # a right result of a single query is up to 1.9 times above the bound, where plain torch's few errors cancel.
     rounding = 4 * torch.finfo(ours.dtype).eps * exact.abs().max()
     allowed = 2 * (plain.double() - exact).abs().max() + rounding
