@@ -1,4 +1,4 @@
-"""What the kernel tests share: inputs as models pass them, random kept lists, and the one way to judge an error."""
+"""What the kernel tests share: inputs as models pass them, and random kept lists."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import blocks, oracle, rule
+from tests.numerics import assert_as_good_as_torch, attention_units
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,6 @@ def random_lists(rng: torch.Generator, case: Case, mask: Tensor | None, density:
     return rule.pack(kept, peaks, allowed)
 
 
-def judge(ours: Tensor, plain: Tensor, exact: Tensor, rounding: float) -> tuple[float, float]:
-    """Our error and the one allowed: twice plain torch's on the same inputs, plus rounding. Equal infinities pass."""
-    def error(tensor: Tensor) -> float:
-        difference = torch.where(tensor.double() == exact, 0.0, (tensor.double() - exact).abs())
-        return float(difference.nan_to_num(nan=torch.inf).max())
-    size = exact[exact.isfinite()].abs().max() if exact.isfinite().any() else 0.0
-    return error(ours), 2 * error(plain) + rounding * float(size)
-
-
-def assert_as_good_as_torch(ours: Tensor, plain: Tensor, exact: Tensor, rounding: float | None = None) -> None:
-    rounding = torch.finfo(ours.dtype).eps if rounding is None else rounding
-    error, allowed = judge(ours, plain, exact, rounding)
-    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
-
-
 def assert_attention_is_right(attend, rng: torch.Generator, case: Case, dtype: torch.dtype, density: float,
                               scale: float = 0.3) -> None:
     """Run `attend` on random inputs and lists; compare out and lse with float64 over the same lists."""
@@ -86,8 +72,8 @@ def assert_attention_is_right(attend, rng: torch.Generator, case: Case, dtype: t
     _, plain_lse = oracle.attention(q.float(), k.float(), v.float(), **call, kept=kept)
     assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
     assert lse.dtype == torch.float32 and lse.is_contiguous()
-    assert_as_good_as_torch(out, plain, exact)
+    assert_as_good_as_torch(out, plain, exact, attention_units(q, k, scale))
     # exp2 and log2 of the GPU are good to two units each, on numbers of the size of the scores.
-    assert_as_good_as_torch(lse, plain_lse, exact_lse, rounding=8 * torch.finfo(torch.float32).eps)
+    assert_as_good_as_torch(lse, plain_lse, exact_lse, units=8)
     blind = exact_lse == -torch.inf
     assert (out[blind] == 0).all() and (lse[blind] == -torch.inf).all()

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import Case, judge, key_mask, qkv
+from kernel_cases import Case, key_mask, qkv
 
 from sparsify.kernels import blocks, oracle, rule
 from sparsify.kernels.select import estimated_peaks, select_blocks
+from tests.numerics import judge
 
 SMALL = [
     Case(1, 2, 1, 200, 300, 40, 40, 100),
@@ -40,7 +41,7 @@ def check(rng, case, dtype, *, tolerance, max_density=1.0, singles=6, off_by=0):
     peaks = estimated_peaks(q, k, **call)
     exact = reference(q.double(), k.double(), case, mask, singles, scale)
     plain = reference(q, k, case, mask, singles, scale)
-    error, band = judge(peaks, plain, exact, rounding=16 * torch.finfo(torch.float32).eps)
+    error, band = judge(peaks, plain, exact, units=16)
     assert error <= band, f"peaks: error {error:.3g}, allowed {band:.3g}"
 
     lists = select_blocks(q, k, **call, tolerance=tolerance, max_density=max_density, **RULE)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import Case, assert_as_good_as_torch, key_mask, qkv
+from kernel_cases import Case, key_mask, qkv
 
 from sparsify.kernels import oracle
 from sparsify.kernels.statistics import summarise_keys
+from tests.numerics import assert_as_good_as_torch
 
 SMALL = [Case(1, 2, 2, 1, 200, 40, 16, None), Case(2, 1, 1, 1, 65, 16, 16, None), Case(1, 1, 1, 1, 1, 64, 16, None),
          Case(2, 2, 2, 1, 150, 128, 16, None, padding=True)]

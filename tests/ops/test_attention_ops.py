@@ -10,7 +10,8 @@ from sparsify.errors import OptionError, ShapeError
 from sparsify.kernels import estimate, gather, native, oracle, rule
 from sparsify.kernels.blocks import KEY_BLOCK, KeptLists, allowed_blocks, count_blocks
 from sparsify.ops import attend
-from tests.ops.cases import MASKS, Case, assert_as_good_as_torch, plain_attention
+from tests.numerics import assert_as_good_as_torch
+from tests.ops.cases import MASKS, Case, plain_attention
 
 BUDGET = {"max_density": 0.9, "sinks": 1, "local": 1, "singles": 6}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,7 +38,7 @@ def test_exact_attention_is_as_good_as_torch(case, dtype, poisoned_memory):
     case = case.to(dtype)
     out = ops.exact_attention(*case.qkv, case.scale, case.causal_offset, case.key_mask, ops.VERSION)
     exact, _ = oracle.attention(*case.double().qkv, **case.masks)
-    assert_as_good_as_torch(out, plain_attention(case), exact)
+    assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,7 +47,7 @@ def test_tolerance_zero_drops_nothing(case, dtype, poisoned_memory):
     out = ops.adaptive_attention(*case.qkv, case.scale, case.causal_offset, case.key_mask, 0.0, *BUDGET.values(), 0,
                                  ops.VERSION)
     exact, _ = oracle.attention(*case.double().qkv, **case.masks)
-    assert_as_good_as_torch(out, plain_attention(case), exact)
+    assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,7 +58,7 @@ def test_only_kept_blocks_are_attended(case, dtype, poisoned_memory):
     out, lse = ops.block_sparse_attention(*case.qkv, *lists, case.scale, case.causal_offset, case.key_mask)
     kept = rule.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
     exact, exact_lse = oracle.attention(*case.double().qkv, **case.masks, kept=kept)
-    assert_as_good_as_torch(out, plain_attention(case, kept), exact)
+    assert_as_good_as_torch(out, plain_attention(case, kept), exact, case.units)
     sees = exact_lse.isfinite()
     assert torch.equal(lse.isfinite(), sees)
     torch.testing.assert_close(lse[sees].double(), exact_lse[sees], rtol=1e-5,
@@ -70,7 +71,7 @@ def test_a_wrong_offset_is_noticed(rng, device):
     out = ops.exact_attention(*case.qkv, case.scale, 1, None, ops.VERSION)
     exact, _ = oracle.attention(*case.double().qkv, **case.masks)
     with pytest.raises(AssertionError):
-        assert_as_good_as_torch(out, plain_attention(case), exact)
+        assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
 
 @pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.5])
@@ -110,7 +111,7 @@ def test_cpu_paths_agree_with_the_definition(path, rng, poisoned_memory):
         out, _ = path.block_sparse_attention(*case.qkv, *lists, **case.masks)
         kept = rule.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
         exact, _ = oracle.attention(*case.double().qkv, **case.masks, kept=kept)
-        assert_as_good_as_torch(out, plain_attention(case, kept), exact)
+        assert_as_good_as_torch(out, plain_attention(case, kept), exact, case.units)
 
 
 @pytest.mark.parametrize("head_dims", [(16, 16), (17, 19), (80, 80), (128, 64), (256, 256)], ids=str)
@@ -118,7 +119,7 @@ def test_head_dims(head_dims, rng, device):
     case = Case.random(rng, device, 130, 200, 70, None, head_dims=head_dims)
     out = ops.adaptive_attention(*case.qkv, case.scale, 70, None, 0.0, *BUDGET.values(), 0, ops.VERSION)
     exact, _ = oracle.attention(*case.double().qkv, **case.masks)
-    assert_as_good_as_torch(out, plain_attention(case), exact)
+    assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
 
 def test_nan_is_not_swallowed(rng, device):
