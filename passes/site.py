@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import sympy
+import torch
 from torch import fx
 
+from sparsify.passes.axes import Dims, Group, Size, extent
 from sparsify.plan import Bucket, Budget
 
 BATCH, HEAD, QUERY, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in "bhqk")
@@ -16,7 +18,7 @@ TRUE = sympy.true
 NEEDS_GRADIENTS = "gradients are needed and the ops have no backward; call the model under torch.no_grad()"
 """Why a site under enabled grad mode is refused."""
 
-Form = Literal["sdpa", "softmax chain", "other"]
+Form = Literal["sdpa", "softmax chain", "exp chain", "flex_attention", "other"]
 Outcome = Literal["sparse", "exact", "kept dense", "refused"]
 
 
@@ -33,46 +35,101 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class MaskTerm:
-    """One step by which the graph hides scores.
+class Operand:
+    """A tensor of a site and what its dims mean (passes/axes.py)."""
 
-    add   `tensor` is added to the scores: 0 where visible, very negative where hidden
-    keep  scores stay where `tensor` is true and become `fill` elsewhere
-    hide  scores become `fill` where `tensor` is true
-    """
-
-    kind: Literal["add", "keep", "hide"]
-    tensor: fx.Node
-    fill: float | fx.Node = float("-inf")
+    node: fx.Node
+    dims: Dims = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A factor on the scores: a number, or the node of a symbolic one; a divisor if `divides`."""
+    """A factor on the scores: a number, the node of a symbolic one, or a tensor; a divisor if `divides`."""
 
-    value: float | fx.Node
+    value: "float | fx.Node | Operand"
     divides: bool = False
 
 
 @dataclass(frozen=True)
-class AttentionSite:
-    """One attention of a graph: output = softmax(scales * query @ key^T, masks applied) @ value.
+class MaskTerm:
+    """One step that the graph applies to the scores after their scale and soft cap.
 
-    query [B, H, L, D]; key [B, Hkv, S, D], or [B, Hkv, D, S] if `key_transposed`; value [B, Hkv, S, Dv]; grouped KV
-    heads are not repeated. `output` is the node that a rewrite replaces; its dtype is the one attention runs in (under
-    autocast the operands may be wider). `is_causal` aligns top-left and holds beside `masks`.
+    add     `tensor` is added to the scores: 0 where visible and very negative where hidden, or a bias
+    keep    scores stay where `tensor` is true and become `fill` elsewhere
+    hide    scores become `fill` where `tensor` is true
+    index   the element of `tensor` that the score at (BATCH, HEAD, QUERY, KEY) meets: one expression per dim
+    factor  by what the scores were multiplied afterwards: the term counts `factor` times
+    """
+
+    kind: Literal["add", "keep", "hide"]
+    tensor: fx.Node
+    index: tuple[sympy.Expr, ...]
+    fill: float | fx.Node = float("-inf")
+    factor: float = 1.0
+    dims: Dims = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a graph: output = softmax(cap(scales * query @ key^T) + masks) @ value.
+
+    The op's layout has four groups of axes: query [batch, heads, q_len, D], key [batch, kv_heads, kv_len, D], value
+    [batch, kv_heads, kv_len, Dv]; grouped KV heads are not repeated. `layout` names the axes of the groups, operands
+    are still in the layout of the user. `output` is the node that a rewrite replaces. `dtype` is the one attention runs
+    in (under autocast the operands may be wider). `is_causal` aligns top-left and holds beside `masks`. A score s
+    becomes softcap * tanh(s); `sink_logits` is one more logit per head, a number or a tensor, that carries no value.
     """
 
     form: Form
     origin: Origin
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    key_transposed: bool
+    query: Operand
+    key: Operand
+    value: Operand
+    output: Operand
+    layout: "Layout"
+    dtype: torch.dtype
     scales: tuple[Scale, ...]
-    masks: tuple[MaskTerm, ...]
-    is_causal: bool
-    output: fx.Node
+    masks: tuple[MaskTerm, ...] = ()
+    is_causal: bool = False
+    softcap: float | None = None
+    sink_logits: "float | Operand | None" = None
+
+    @property
+    def batch(self) -> Size:
+        return extent(self.layout.batch)
+
+    @property
+    def heads(self) -> Size:
+        return extent((*self.layout.kv_heads, *self.layout.groups))
+
+    @property
+    def kv_heads(self) -> Size:
+        return extent(self.layout.kv_heads)
+
+    @property
+    def q_len(self) -> Size:
+        return extent(self.layout.queries)
+
+    @property
+    def kv_len(self) -> Size:
+        return extent(self.layout.keys)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes of a site by what they are. Query heads are `kv_heads` times `groups`."""
+
+    batch: Group
+    kv_heads: Group
+    groups: Group
+    queries: Group
+    keys: Group
+    dim: Group
+    value_dim: Group
+
+    @property
+    def heads(self) -> Group:
+        return (*self.kv_heads, *self.groups)
 
 
 @dataclass(frozen=True)
@@ -91,23 +148,34 @@ class Refused:
 
 @dataclass(frozen=True)
 class MaskProof:
-    """What the masks of a site were proven to be, exactly.
+    """What the masks of a site were proven to be, exactly; all parts hold together.
 
-    causal_offset  key j is visible to query i when j <= i + causal_offset; None: no causality
+    causal_offset  key j is visible to query i only if j <= i + causal_offset; None: no causality
+    window         and only if j > i + causal_offset - window; None: no window
     visible_keys   which keys are visible, over BATCH, KEY and the tensors in `leaves`; true: all
-    leaves         the nodes behind the function symbols of `visible_keys`
+    documents      ids over BATCH, QUERY and over BATCH, KEY: visible only if they are equal
+    carried        terms that the op applies as a tensor: biases, and masks that are nothing of the above
+    leaves         the nodes behind the function symbols of the expressions
     """
 
     causal_offset: sympy.Expr | None = None
+    window: sympy.Expr | None = None
     visible_keys: sympy.Basic = TRUE
+    documents: tuple[sympy.Expr, sympy.Expr] | None = None
+    carried: tuple[MaskTerm, ...] = ()
     leaves: Mapping[str, fx.Node] = field(default_factory=dict)
 
     def __str__(self) -> str:
         parts = []
         if self.causal_offset is not None:
             parts.append("causal" if self.causal_offset == 0 else f"causal, offset {self.causal_offset}")
+        if self.window is not None:
+            parts.append(f"window {self.window}")
+        if self.documents is not None:
+            parts.append(f"documents {self.documents[0]} = {self.documents[1]}")
         if self.visible_keys != TRUE:
             parts.append(f"keys where {self.visible_keys}")
+        parts += [f"{'bias' if term.kind == 'add' else 'mask'} {term.tensor.name}" for term in self.carried]
         return "; ".join(parts) or "none"
 
 
