@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import OptimizedPythonReferenceAnalysis
 
-from sparsify.passes.graph import aten, emit, is_tensor, same, shape
+from sparsify.passes.graph import aten, emit, expression, is_tensor, same, shape
 from sparsify.passes.reader import is_boolean
 from sparsify.passes.site import BATCH, HEAD, KEY, QUERY
 
@@ -166,7 +166,3 @@ def _symbol_node(symbol: sympy.Symbol, at: fx.Node) -> fx.Node:
 def _is_symbol(size: Any, symbol: sympy.Symbol) -> bool:
     """By its own name, or by the one that a guard gave it since: `s1 == s0` renames s1 to s0."""
     return isinstance(size, torch.SymInt) and symbol in (size.node.expr, size.node._expr)
-
-
-def expression(size: Any) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)

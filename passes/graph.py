@@ -41,6 +41,11 @@ def _fill_in_ones(size: torch.SymInt) -> "int | torch.SymInt":
     return int(filled) if filled.is_Integer else size
 
 
+def expression(size: Any) -> sympy.Expr:
+    """A size as sympy sees it."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
 def is_tensor(x: Any) -> bool:
     """Whether `x` is a node that holds one tensor."""
     return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor)

@@ -22,8 +22,8 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from sparsify.passes.emit import expression, is_key_condition
-from sparsify.passes.graph import shape
+from sparsify.passes.emit import is_key_condition
+from sparsify.passes.graph import expression, shape
 from sparsify.passes.reader import TensorReader, Value, Where, WrittenInPlace, as_condition
 from sparsify.passes.site import (
     BATCH,
