@@ -77,7 +77,7 @@ class _Rewriter:
             if site.key_transposed:
                 key = emit(graph, aten.transpose.int, key, -2, -1)
             scale = _scale(graph, site.scales)
-            attention = (query, key, values, scale, offset, visible_keys)
+            attention = (query, key, values, scale, offset, None, visible_keys, None, None, None, 0.0, None)
             if budget.is_dense and (causal := _sdpa_causality(query, key, chosen.mask)) is not None:
                 grouped = not same(shape(query)[1], shape(key)[1])
                 new = emit(graph, aten.scaled_dot_product_attention.default, query, key, values, None, 0.0, causal,

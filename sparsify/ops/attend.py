@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import ShapeError
-from sparsify.kernels import gather, native
+from sparsify.kernels import composite, gather, native
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, allowed_blocks, capacity, count_blocks
+from sparsify.kernels.masks import Masks
 from sparsify.ops import counters
 from sparsify.ops.checks import check_inputs, check_tolerance
 from sparsify.ops.select import keep_lists
@@ -18,7 +19,9 @@ DENSE_RATE = {2: 4.5e14, 4: 5e13, 8: 2.5e13}
 
 @torch.library.custom_op("sparsify::block_sparse_attention", mutates_args=())
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, scale: float,
-                           causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+                           causal_offset: int | None, window: int | None, key_mask: Tensor | None,
+                           query_documents: Tensor | None, key_documents: Tensor | None, attn_mask: Tensor | None,
+                           softcap: float, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax attention over the visible keys of the kept blocks.
 
     Shapes and masks as in `sparsify.ops`; kept and counts as `select_blocks` returns them. Returns out
@@ -26,25 +29,28 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     natural log of every row's sum (-inf for a row that sees no key). Raises ShapeError, DeviceError.
     Source: online softmax over blocks as in FlashAttention (arXiv 2205.14135).
     """
-    check_inputs(q, k, v, key_mask)
+    masks = Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits)
+    check_inputs(q, k, v, masks)
     rows, room = count_blocks(q.shape[2], QUERY_BLOCK), capacity(count_blocks(k.shape[2], KEY_BLOCK))
     lists = (q.shape[0], q.shape[1], rows)
     if tuple(counts.shape) != lists or tuple(kept.shape) != (*lists, room):
         raise ShapeError(f"kept has shape {list(kept.shape)} and counts {list(counts.shape)}. For these q and k they "
                          f"must be {[*lists, room]} and {list(lists)}: make them with select_blocks.")
-    out, lse = _attend_lists(q, k, v, kept, counts, scale, causal_offset, key_mask)
+    out, lse = _attend_lists(q, k, v, kept, counts, scale, masks)
     return out, lse.float()
 
 
 @block_sparse_attention.register_fake
-def _(q, k, v, kept, counts, scale, causal_offset, key_mask):
+def _(q, k, v, kept, counts, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap,
+      sink_logits):
     return _empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("sparsify::adaptive_attention", mutates_args=())
-def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset: int | None,
-                       key_mask: Tensor | None, tolerance: float, max_density: float, sinks: int, local: int,
-                       singles: int, site: int, version: int) -> Tensor:
+def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset: int | None, window: int | None,
+                       key_mask: Tensor | None, query_documents: Tensor | None, key_documents: Tensor | None,
+                       attn_mask: Tensor | None, softcap: float, sink_logits: Tensor | None, tolerance: float,
+                       max_density: float, sinks: int, local: int, singles: int, site: int, version: int) -> Tensor:
     """Attention that drops the key blocks to which no query of a query block gives `tolerance` of its attention.
 
     A call on CUDA that is too small for selection to pay runs exact: few heads, short sequences (`selection_pays`).
@@ -53,54 +59,43 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
     `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls. Returns out
     [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError.
     """
-    check_inputs(q, k, v, key_mask)
+    masks = Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits)
+    check_inputs(q, k, v, masks)
     check_tolerance(tolerance)
-    if not selection_pays(q, k, v, causal_offset):
+    if not masks.is_plain or not selection_pays(q, k, v, causal_offset):
         if counters.is_counting():
             counters.record_all(site)
-        return exact_attention(q, k, v, scale, causal_offset, key_mask, version)
-    kept, counts = keep_lists(q, k, scale, causal_offset, key_mask, tolerance, max_density, sinks, local, singles)
+        return _exact(q, k, v, scale, masks)
+    kept, counts = keep_lists(q, k, scale, masks, tolerance, max_density, sinks, local, singles)
     if counters.is_counting():
         allowed = allowed_blocks(q.shape[2], k.shape[2], causal_offset, key_mask, q.device)
         counters.record(site, counts, allowed)
-    return _attend_lists(q, k, v, kept, counts, scale, causal_offset, key_mask)[0]
+    return _attend_lists(q, k, v, kept, counts, scale, masks)[0]
 
 
 @adaptive_attention.register_fake
-def _(q, k, v, scale, causal_offset, key_mask, tolerance, max_density, sinks, local, singles, site, version):
+def _(q, k, v, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits,
+      tolerance, max_density, sinks, local, singles, site, version):
     return _empty_out(q, v)
 
 
 @torch.library.custom_op("sparsify::exact_attention", mutates_args=())
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset: int | None,
-                    key_mask: Tensor | None, version: int) -> Tensor:
-    """Dense attention on torch's fastest kernel for these masks; exact, for the dense buckets.
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset: int | None, window: int | None,
+                    key_mask: Tensor | None, query_documents: Tensor | None, key_documents: Tensor | None,
+                    attn_mask: Tensor | None, softcap: float, sink_logits: Tensor | None, version: int) -> Tensor:
+    """Dense attention on the fastest kernel for these masks; exact, for the dense buckets.
 
     Shapes and masks as in `sparsify.ops`; `version` as in `adaptive_attention`. Returns out [B, H, q_len, Dv] in the
-    dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError.
+    dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError, OptionError.
     """
-    check_inputs(q, k, v, key_mask)
-    q_len, kv_len = q.shape[2], k.shape[2]
-    sees_all = causal_offset is None or causal_offset >= kv_len - 1
-    top_left = causal_offset == 0 and q_len == kv_len
-    mask = None
-    if key_mask is not None or not (sees_all or top_left):
-        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device)
-        if causal_offset is not None:
-            mask = mask.tril(causal_offset)
-        mask = mask[None, None] if key_mask is None else mask & key_mask[:, None, None]
-    group = q.shape[1] // k.shape[1]
-    if group > 1 and q.is_cuda and q.dtype == torch.float32:  # no fused kernel has grouped heads in float32
-        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and not sees_all, scale=scale, enable_gqa=group > 1)
-    if mask is not None:  # kernels disagree about rows that see nothing: NaN, zeros or the mean of v
-        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return _lay_out(out)
+    masks = Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits)
+    check_inputs(q, k, v, masks)
+    return _exact(q, k, v, scale, masks)
 
 
 @exact_attention.register_fake
-def _(q, k, v, scale, causal_offset, key_mask, version):
+def _(q, k, v, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits,
+      version):
     return _empty_out(q, v)
 
 
@@ -115,16 +110,44 @@ def dense_seconds(q: Tensor, k: Tensor, v: Tensor, causal_offset: int | None) ->
     return 2 * pairs * (q.shape[3] + v.shape[3]) / DENSE_RATE[q.element_size()]
 
 
+def _exact(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tensor:
+    """Nothing is dropped; laid out as the fakes promise."""
+    if masks.reshapes_nothing:
+        return _lay_out(_sdpa(q, k, v, scale, masks))
+    return composite.attention(q, k, v, scale=scale, masks=masks)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tensor:
+    """scaled_dot_product_attention, with a mask tensor where it cannot say the masks without."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    causal = masks.is_plain and masks.key_mask is None and masks.causal_offset == 0 and q_len == kv_len
+    mask, sees = None, None
+    if not causal:
+        mask = sees = masks.visible(q_len, kv_len, q.device)
+        if masks.bias is not None:
+            bias = masks.bias.to(q.dtype)
+            mask = bias if sees is None else bias.masked_fill(~sees, -torch.inf)
+            sees = mask > -torch.inf
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.is_cuda and q.dtype == torch.float32:  # no fused kernel has grouped heads in float32
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=group > 1)
+    if sees is not None:  # kernels disagree about rows that see nothing: NaN, zeros or the mean of v
+        out = out.masked_fill(~sees.any(-1, keepdim=True), 0.0)
+    return out
+
+
 def _attend_lists(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, scale: float,
-                  causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    masks = {"causal_offset": causal_offset, "key_mask": key_mask}
+                  masks: Masks) -> tuple[Tensor, Tensor]:
+    plain = {"causal_offset": masks.causal_offset, "key_mask": masks.key_mask}
     if not q.is_cuda:
         cpu = gather if native.why_not(q) else native
-        return cpu.block_sparse_attention(q, k, v, kept, counts, scale=scale, **masks)
+        return cpu.block_sparse_attention(q, k, v, kept, counts, scale=scale, **plain)
     from sparsify.kernels import attend, hopper  # Triton: imported when a CUDA op runs, not before
 
-    kernel = attend if hopper.why_not(q, k, v, causal_offset, key_mask) else hopper
-    return kernel.block_sparse_attention(q, k, v, kept, counts, scale=scale, **masks)
+    kernel = attend if hopper.why_not(q, k, v, masks.causal_offset, masks.key_mask) else hopper
+    return kernel.block_sparse_attention(q, k, v, kept, counts, scale=scale, **plain)
 
 
 def _empty_out(q: Tensor, v: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """Checks that the ops make of what they are handed; each raises an error that names argument, value and way out."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from sparsify.errors import DeviceError, OptionError, ShapeError
+from sparsify.kernels.masks import Masks
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
-    """q, k, v and key_mask fit together (shapes as in `sparsify.ops`). Raises ShapeError or DeviceError."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor | None, masks: Masks) -> None:
+    """q, k, v and masks fit together (shapes as in `sparsify.ops`). Raises ShapeError, DeviceError, OptionError."""
     tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
     for name, x in tensors.items():
         if x.dim() != 4:
@@ -27,13 +30,44 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None
                          "Query heads must be a multiple of KV heads.")
     if v is not None and v.shape[1:3] != k.shape[1:3]:
         raise ShapeError(f"v has shape {list(v.shape)} and k has {list(k.shape)}. Heads and length must be equal.")
-    if key_mask is not None:
-        batch, kv_len = q.shape[0], k.shape[2]
-        if key_mask.dtype != torch.bool or key_mask.dim() != 2 or key_mask.shape[1] != kv_len:
-            raise ShapeError(f"key_mask is {key_mask.dtype} {list(key_mask.shape)}. It must be bool "
-                             f"[{batch} or 1, {kv_len}], True where a key may be attended.")
-        if key_mask.shape[0] not in (1, batch):
-            raise ShapeError(f"key_mask has batch {key_mask.shape[0]}. It must be {batch} or 1.")
+    _check_masks(masks, q, k)
+
+
+def _check_masks(masks: Masks, q: Tensor, k: Tensor) -> None:
+    (batch, heads, q_len, _), kv_len = q.shape, k.shape[2]
+    for name in ("key_mask", "query_documents", "key_documents", "attn_mask", "sink_logits"):
+        tensor = getattr(masks, name)
+        if tensor is not None and tensor.device != q.device:
+            raise DeviceError(f"{name} is on {tensor.device} and q is on {q.device}. Move all inputs to one device.")
+    if masks.window is not None and masks.causal_offset is None:
+        raise OptionError(f"window is {masks.window} but causal_offset is None. A window needs the offset that it ends "
+                          "at: |i - j| <= w is causal_offset=w, window=2 * w + 1.")
+    if not 0 <= masks.softcap < math.inf:
+        raise OptionError(f"softcap is {masks.softcap}. It must be a finite number above 0, or 0.0 for none.")
+    if masks.key_mask is not None:
+        _check_rows("key_mask", masks.key_mask, batch, kv_len, "bool", masks.key_mask.dtype == torch.bool)
+    documents = {"query_documents": (masks.query_documents, q_len), "key_documents": (masks.key_documents, kv_len)}
+    if (masks.query_documents is None) != (masks.key_documents is None):
+        missing = next(name for name, (ids, _) in documents.items() if ids is None)
+        raise ShapeError(f"{missing} is None. Give query_documents and key_documents, or neither.")
+    for name, (ids, length) in documents.items():
+        if ids is not None:
+            _check_rows(name, ids, batch, length, "int32 or int64", ids.dtype in (torch.int32, torch.int64))
+    mask, most = masks.attn_mask, (batch, heads, q_len, kv_len)
+    if mask is not None:
+        fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, most, strict=True))
+        if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
+            raise ShapeError(f"attn_mask is {mask.dtype} {list(mask.shape)}. It must be bool (True: visible) or "
+                             f"floating (added to the scores), {list(most)} with any size 1.")
+    sinks = masks.sink_logits
+    if sinks is not None and not (sinks.is_floating_point() and sinks.shape == (heads,)):
+        raise ShapeError(f"sink_logits is {sinks.dtype} {list(sinks.shape)}. It must be floating [{heads}]: one logit "
+                         "per query head.")
+
+
+def _check_rows(name: str, tensor: Tensor, batch: int, length: int, dtype: str, is_dtype: bool) -> None:
+    if not is_dtype or tensor.dim() != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != length:
+        raise ShapeError(f"{name} is {tensor.dtype} {list(tensor.shape)}. It must be {dtype} [{batch} or 1, {length}].")
 
 
 def check_tolerance(tolerance: float) -> None:

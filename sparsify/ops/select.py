@@ -7,13 +7,15 @@ from torch import Tensor
 
 from sparsify.kernels import estimate, native, rule
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, capacity, count_blocks
+from sparsify.kernels.masks import Masks
 from sparsify.ops.checks import check_inputs, check_tolerance
 
 
 @torch.library.custom_op("sparsify::select_blocks", mutates_args=())
-def select_blocks(q: Tensor, k: Tensor, scale: float, causal_offset: int | None, key_mask: Tensor | None,
-                  tolerance: float, max_density: float, sinks: int, local: int,
-                  singles: int) -> tuple[Tensor, Tensor]:
+def select_blocks(q: Tensor, k: Tensor, scale: float, causal_offset: int | None, window: int | None,
+                  key_mask: Tensor | None, query_documents: Tensor | None, key_documents: Tensor | None,
+                  attn_mask: Tensor | None, softcap: float, sink_logits: Tensor | None, tolerance: float,
+                  max_density: float, sinks: int, local: int, singles: int) -> tuple[Tensor, Tensor]:
     """Keep every key block to which some query of the query block is estimated to give `tolerance` of its attention.
 
     Shapes and masks as in `sparsify.ops`. tolerance and max_density are shares, 0 to 1; sinks and local are key blocks
@@ -21,28 +23,30 @@ def select_blocks(q: Tensor, k: Tensor, scale: float, causal_offset: int | None,
     Returns kept int32 [B, H, query blocks, capacity] and counts int32 [B, H, query blocks], see `KeptLists`.
     Raises ShapeError, DeviceError, OptionError. Source: kernels/oracle.py defines the peaks, kernels/rule.py the rule.
     """
-    check_inputs(q, k, None, key_mask)
+    masks = Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits)
+    check_inputs(q, k, None, masks)
     check_tolerance(tolerance)
-    return keep_lists(q, k, scale, causal_offset, key_mask, tolerance, max_density, sinks, local, singles)
+    return keep_lists(q, k, scale, masks, tolerance, max_density, sinks, local, singles)
 
 
 @select_blocks.register_fake
-def _(q, k, scale, causal_offset, key_mask, tolerance, max_density, sinks, local, singles):
+def _(q, k, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits,
+      tolerance, max_density, sinks, local, singles):
     batch, heads, q_len, _ = q.shape
     rows = count_blocks(q_len, QUERY_BLOCK)
     room = capacity(count_blocks(k.shape[2], KEY_BLOCK))
     return q.new_empty(batch, heads, rows, room, dtype=torch.int32), q.new_empty(batch, heads, rows, dtype=torch.int32)
 
 
-def keep_lists(q: Tensor, k: Tensor, scale: float, causal_offset: int | None, key_mask: Tensor | None,
-               tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> tuple[Tensor, Tensor]:
+def keep_lists(q: Tensor, k: Tensor, scale: float, masks: Masks, tolerance: float, max_density: float, sinks: int,
+               local: int, singles: int) -> tuple[Tensor, Tensor]:
     """Select on the device of q, for the ops that need lists; the arguments are those of `select_blocks`."""
-    masks: dict[str, Any] = {"causal_offset": causal_offset, "key_mask": key_mask}
+    plain: dict[str, Any] = {"causal_offset": masks.causal_offset, "key_mask": masks.key_mask}
     budget: dict[str, Any] = {"tolerance": tolerance, "max_density": max_density, "sinks": sinks, "local": local}
     if q.is_cuda:
         from sparsify.kernels import select  # Triton: imported when a CUDA op runs, not before
 
-        return select.select_blocks(q, k, scale=scale, singles=singles, **masks, **budget)
+        return select.select_blocks(q, k, scale=scale, singles=singles, **plain, **budget)
     estimator = estimate if native.why_not(q) else native
-    peaks = estimator.estimated_peaks(q, k, scale=scale, singles=singles, **masks)
-    return rule.choose_blocks(peaks, q_len=q.shape[2], kv_len=k.shape[2], **masks, **budget)
+    peaks = estimator.estimated_peaks(q, k, scale=scale, singles=singles, **plain)
+    return rule.choose_blocks(peaks, q_len=q.shape[2], kv_len=k.shape[2], **plain, **budget)

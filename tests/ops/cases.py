@@ -66,6 +66,11 @@ class Case:
         return {"scale": self.scale, "causal_offset": self.causal_offset, "key_mask": self.key_mask}
 
     @property
+    def arguments(self) -> tuple:
+        """From `scale` on, as the ops take them by position."""
+        return self.scale, self.causal_offset, None, self.key_mask, None, None, None, 0.0, None
+
+    @property
     def units(self) -> float:
         """Rounding units of this attention."""
         return attention_units(self.q, self.k, self.scale)

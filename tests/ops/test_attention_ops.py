@@ -36,7 +36,7 @@ def case(request, rng, device) -> Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_exact_attention_is_as_good_as_torch(case, dtype, poisoned_memory):
     case = case.to(dtype)
-    out = ops.exact_attention(*case.qkv, case.scale, case.causal_offset, case.key_mask, ops.VERSION)
+    out = ops.exact_attention(*case.qkv, *case.arguments, ops.VERSION)
     exact, _ = oracle.attention(*case.double().qkv, **case.masks)
     assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
@@ -44,7 +44,7 @@ def test_exact_attention_is_as_good_as_torch(case, dtype, poisoned_memory):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tolerance_zero_drops_nothing(case, dtype, poisoned_memory):
     case = case.to(dtype)
-    out = ops.adaptive_attention(*case.qkv, case.scale, case.causal_offset, case.key_mask, 0.0, *BUDGET.values(), 0,
+    out = ops.adaptive_attention(*case.qkv, *case.arguments, 0.0, *BUDGET.values(), 0,
                                  ops.VERSION)
     exact, _ = oracle.attention(*case.double().qkv, **case.masks)
     assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
@@ -53,9 +53,9 @@ def test_tolerance_zero_drops_nothing(case, dtype, poisoned_memory):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_only_kept_blocks_are_attended(case, dtype, poisoned_memory):
     case = case.to(dtype)
-    lists = KeptLists(*ops.select_blocks(*case.qkv[:2], case.scale, case.causal_offset, case.key_mask, 0.1,
+    lists = KeptLists(*ops.select_blocks(*case.qkv[:2], *case.arguments, 0.1,
                                          *BUDGET.values()))
-    out, lse = ops.block_sparse_attention(*case.qkv, *lists, case.scale, case.causal_offset, case.key_mask)
+    out, lse = ops.block_sparse_attention(*case.qkv, *lists, *case.arguments)
     kept = rule.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
     exact, exact_lse = oracle.attention(*case.double().qkv, **case.masks, kept=kept)
     assert_as_good_as_torch(out, plain_attention(case, kept), exact, case.units)
@@ -68,7 +68,7 @@ def test_only_kept_blocks_are_attended(case, dtype, poisoned_memory):
 def test_a_wrong_offset_is_noticed(rng, device):
     """The twin of the tests above: they can fail."""
     case = Case.random(rng, device, 200, 200, 0, None)
-    out = ops.exact_attention(*case.qkv, case.scale, 1, None, ops.VERSION)
+    out = ops.exact_attention(*case.qkv, case.scale, 1, *case.arguments[2:], ops.VERSION)
     exact, _ = oracle.attention(*case.double().qkv, **case.masks)
     with pytest.raises(AssertionError):
         assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
@@ -76,7 +76,7 @@ def test_a_wrong_offset_is_noticed(rng, device):
 
 @pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.5])
 def test_selection_follows_the_rule(case, tolerance):
-    lists = KeptLists(*ops.select_blocks(*case.qkv[:2], case.scale, case.causal_offset, case.key_mask, tolerance,
+    lists = KeptLists(*ops.select_blocks(*case.qkv[:2], *case.arguments, tolerance,
                                          *BUDGET.values()))
     q, k, _ = case.double().qkv
     peaks = oracle.peaks(oracle.estimated_shares(q, k, singles=6, **case.masks))
@@ -117,7 +117,7 @@ def test_cpu_paths_agree_with_the_definition(path, rng, poisoned_memory):
 @pytest.mark.parametrize("head_dims", [(16, 16), (17, 19), (80, 80), (128, 64), (256, 256)], ids=str)
 def test_head_dims(head_dims, rng, device):
     case = Case.random(rng, device, 130, 200, 70, None, head_dims=head_dims)
-    out = ops.adaptive_attention(*case.qkv, case.scale, 70, None, 0.0, *BUDGET.values(), 0, ops.VERSION)
+    out = ops.adaptive_attention(*case.qkv, *case.arguments, 0.0, *BUDGET.values(), 0, ops.VERSION)
     exact, _ = oracle.attention(*case.double().qkv, **case.masks)
     assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
@@ -125,7 +125,7 @@ def test_head_dims(head_dims, rng, device):
 def test_nan_is_not_swallowed(rng, device):
     case = Case.random(rng, device, 200, 200, 0, None)
     case.q[:, :, 150] = torch.nan
-    out = ops.adaptive_attention(*case.qkv, case.scale, 0, None, 0.05, *BUDGET.values(), 0, ops.VERSION)
+    out = ops.adaptive_attention(*case.qkv, *case.arguments, 0.05, *BUDGET.values(), 0, ops.VERSION)
     assert out[:, :, 150].isnan().all()
     assert not out[:, :, :150].isnan().any() and not out[:, :, 151:].isnan().any()
 
@@ -134,7 +134,7 @@ def test_library_registration(rng, device):
     """Fakes tell the truth about shapes, dtypes and strides; schemas hold (torch.library.opcheck)."""
     for (q_len, kv_len, offset, padding), strided in itertools.product(MASKS[:4], (True, False)):
         case = Case.random(rng, device, q_len, kv_len, offset, padding, strided=strided)
-        tail = (case.scale, case.causal_offset, case.key_mask)
+        tail = case.arguments
         budget = (0.05, *BUDGET.values())
         torch.library.opcheck(ops.exact_attention, (*case.qkv, *tail, ops.VERSION))
         torch.library.opcheck(ops.adaptive_attention, (*case.qkv, *tail, *budget, 0, ops.VERSION))
@@ -145,7 +145,7 @@ def test_library_registration(rng, device):
 
 def test_counters_count_only_when_asked(rng, device):
     case = Case.random(rng, device, 1000, 1000, 0, None)
-    call = (*case.qkv, case.scale, 0, None, 0.3, *BUDGET.values(), 7, ops.VERSION)
+    call = (*case.qkv, *case.arguments, 0.3, *BUDGET.values(), 7, ops.VERSION)
     ops.adaptive_attention(*call)
     with ops.counting() as counters:
         assert counters.density(7) is None
@@ -154,7 +154,7 @@ def test_counters_count_only_when_asked(rng, device):
     ops.adaptive_attention(*call[:-2], 8, ops.VERSION)
     assert counters.sites() == [7]
 
-    lists = ops.select_blocks(*case.qkv[:2], case.scale, 0, None, 0.3, *BUDGET.values())
+    lists = ops.select_blocks(*case.qkv[:2], *case.arguments, 0.3, *BUDGET.values())
     kept = rule.unpack(KeptLists(*lists), count_blocks(1000, KEY_BLOCK))
     allowed = allowed_blocks(1000, 1000, 0, None, device).sum() * case.q.shape[0] * case.q.shape[1]
     assert density == pytest.approx((kept.sum() / allowed).item())
@@ -165,7 +165,7 @@ def test_small_calls_on_a_gpu_run_exact(rng, device, monkeypatch):
     monkeypatch.setattr(attend, "LAUNCH_SECONDS", 1e-3)
     case = Case.random(rng, device, 1000, 1000, 0, None)
     with ops.counting() as counters:
-        ops.adaptive_attention(*case.qkv, case.scale, 0, None, 0.3, *BUDGET.values(), 0, ops.VERSION)
+        ops.adaptive_attention(*case.qkv, *case.arguments, 0.3, *BUDGET.values(), 0, ops.VERSION)
     assert (counters.density(0) == 1.0) == (device.type == "cuda")
 
 
@@ -176,9 +176,13 @@ def test_dense_time_is_estimated_from_shapes(heads, length, milliseconds):
     assert attend.dense_seconds(q, q, q, None) == 2 * attend.dense_seconds(q, q, q, 0)
 
 
+NO_MASKS = {"window": None, "key_mask": None, "query_documents": None, "key_documents": None, "attn_mask": None,
+            "softcap": 0.0, "sink_logits": None}
+
+
 def _arguments(**changed):
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
-    arguments = {"q": q, "k": k, "v": v, "scale": 1.0, "causal_offset": 1, "key_mask": None, "tolerance": 0.1,
+    arguments = {"q": q, "k": k, "v": v, "scale": 1.0, "causal_offset": 1, **NO_MASKS, "tolerance": 0.1,
                  **BUDGET, "site": 0, "version": ops.VERSION}
     return {**arguments, **changed}
 
@@ -192,7 +196,16 @@ def _arguments(**changed):
     ({"k": torch.randn(2, 2, 6, 9)}, ShapeError, "head dim 9"),
     ({"v": torch.randn(2, 2, 7, 8)}, ShapeError, "v has shape"),
     ({"key_mask": torch.ones(2, 6)}, ShapeError, "key_mask is torch.float32"),
-    ({"key_mask": torch.ones(3, 6, dtype=torch.bool)}, ShapeError, "batch 3"),
+    ({"key_mask": torch.ones(3, 6, dtype=torch.bool)}, ShapeError, r"\[3, 6\]. It must be bool \[2 or 1, 6\]"),
+    ({"window": 3, "causal_offset": None}, OptionError, "window is 3 but causal_offset is None"),
+    ({"query_documents": torch.zeros(2, 5, dtype=torch.int64)}, ShapeError, "key_documents is None"),
+    ({"query_documents": torch.zeros(2, 5), "key_documents": torch.zeros(2, 6).int()}, ShapeError, "int32 or int64"),
+    ({"attn_mask": torch.ones(5, 6)}, ShapeError, "any size 1"),
+    ({"attn_mask": torch.ones(2, 2, 5, 6)}, ShapeError, "any size 1"),
+    ({"attn_mask": torch.ones(1, 1, 5, 6, dtype=torch.int32)}, ShapeError, "bool .* or floating"),
+    ({"softcap": -1.0}, OptionError, "softcap is -1.0"),
+    ({"softcap": float("nan")}, OptionError, "softcap is nan"),
+    ({"sink_logits": torch.zeros(2)}, ShapeError, r"floating \[4\]"),
     ({"tolerance": 1.5}, OptionError, "tolerance is 1.5"),
     ({"tolerance": float("nan")}, OptionError, "tolerance is nan"),
 ])
@@ -205,6 +218,6 @@ def test_mistakes_are_named(changed, error, words):
 def test_lists_of_another_shape_are_refused():
     a = _arguments()
     q, k, v = a["q"], a["k"], a["v"]
-    kept, counts = ops.select_blocks(q, k, 1.0, 1, None, 0.1, *BUDGET.values())
+    kept, counts = ops.select_blocks(q, k, 1.0, 1, *NO_MASKS.values(), 0.1, *BUDGET.values())
     with pytest.raises(ShapeError, match="make them with select_blocks"):
-        ops.block_sparse_attention(q, k, v, kept[..., :-1], counts, 1.0, 1, None)
+        ops.block_sparse_attention(q, k, v, kept[..., :-1], counts, 1.0, 1, *NO_MASKS.values())
