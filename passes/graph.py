@@ -4,6 +4,7 @@ import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,20 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-from sparsify.passes.site import Origin
-
 aten = torch.ops.aten
 TORCH_ROOT = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the user wrote something.
+
+    line    "model.py:214", the innermost frame outside torch
+    module  "model.layers.0.self_attn", empty outside any module
+    """
+
+    line: str
+    module: str
 
 
 def value(x: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from sparsify.passes.axes import Dims, Group, Size, extent
+from sparsify.passes.graph import Origin
 from sparsify.plan import Bucket, Budget
 
 BATCH, HEAD, QUERY, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in "bhqk")
@@ -20,18 +21,6 @@ NEEDS_GRADIENTS = "gradients are needed and the ops have no backward; call the m
 
 Form = Literal["sdpa", "softmax chain", "exp chain", "flex_attention", "other"]
 Outcome = Literal["sparse", "exact", "kept dense", "refused"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the user wrote something.
-
-    line    "model.py:214", the innermost frame outside torch
-    module  "model.layers.0.self_attn", empty outside any module
-    """
-
-    line: str
-    module: str
 
 
 @dataclass(frozen=True)
