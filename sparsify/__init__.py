@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import (
     DeviceError,
+    MaskError,
     ModelError,
     OptionError,
     PlanError,
@@ -30,6 +31,7 @@ __all__ = [
     "Bucket",
     "Budget",
     "DeviceError",
+    "MaskError",
     "ModelError",
     "OptionError",
     "Plan",

@@ -30,3 +30,7 @@ class TextError(SparsifyError):
 
 class OptionError(SparsifyError):
     """An option, or a combination of options, that does not exist."""
+
+
+class MaskError(SparsifyError):
+    """A mask that contradicts its proof at run time; only `verify_masks` looks."""
