@@ -8,9 +8,7 @@
 
 import contextlib
 import functools
-import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +23,13 @@ from sparsify import passes
 from sparsify.errors import DeviceError, ModelError, OptionError, ShapeError
 from sparsify.passes.site import NEEDS_GRADIENTS, SiteRecord
 from sparsify.plan import Plan, resolve_plan
+from sparsify.tracing import log, log_records, trace_graph, trace_records
 
 DEVICES = ("cpu", "cuda")
 """Device types that have kernels."""
 
 GRAPHS_PER_BUCKET = 16
 """Graphs a bucket may need: grad mode on and off, train and eval, batch 1 and length 1 where a model branches."""
-
-log = logging.getLogger("sparsify")
 
 PlanLike = Plan | Mapping[str, Any] | str | Path | None
 Compiler = Callable[..., Any]
@@ -49,12 +46,15 @@ def compile(model: Any, plan: PlanLike = None, *, dynamic: bool | None = None, f
 
     plan      a Plan, a dict, the path of a plan file, or None for the default plan of the device
     dynamic   None means True: a plan serves many lengths. False: one graph per length
-    fullgraph, mode, options, backend   as in `torch.compile`; `backend` compiles the rewritten graph
+    fullgraph, mode, options, backend   as in `torch.compile`; `backend` compiles the rewritten graph. `options` may
+              hold one of ours: "verify_masks": True compares every mask with its proof in every call. That builds the
+              masks, [q_len, kv_len] each, and waits for the device: it is for finding a wrong proof
 
     Raises PlanError, OptionError, ModelError, DeviceError, each before the model is touched. The compiled model raises
-    ShapeError for an empty sequence.
+    ShapeError for an empty sequence, and MaskError where `verify_masks` finds a wrong proof.
     """
-    compiler = Backend(_load_plan(plan), *_check_inner(backend, mode, options))
+    options, verify_masks = _take_verify_masks(options)
+    compiler = Backend(_load_plan(plan), *_check_inner(backend, mode, options), verify_masks)
     dynamic = True if dynamic is None else dynamic
     if isinstance(model, nn.Module):
         _check_model(model)
@@ -68,10 +68,13 @@ def compile(model: Any, plan: PlanLike = None, *, dynamic: bool | None = None, f
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
             options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """What `torch.compile(model, backend="sparsify")` calls; `options` may hold "plan" beside Inductor's own."""
-    options = dict(options or {})
+    """What `torch.compile(model, backend="sparsify")` calls.
+
+    `options` may hold "plan" and "verify_masks" (see `compile`) beside Inductor's own.
+    """
+    options, verify_masks = _take_verify_masks(options)
     plan = _load_plan(options.pop("plan", None))
-    return Backend(plan, *_check_inner("inductor", mode, options))(gm, example_inputs)
+    return Backend(plan, *_check_inner("inductor", mode, options), verify_masks)(gm, example_inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,19 +84,25 @@ class Backend:
     plan: Plan | None
     compiler: Compiler
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    verify_masks: bool = False
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten, records = rewrite_graph(gm, example_inputs, self.plan)
+        trace_graph("sparsify_before", gm)
+        rewritten, records = rewrite_graph(gm, example_inputs, self.plan, self.verify_masks)
+        trace_graph("sparsify_after", rewritten)
+        trace_records(records)
         compiled = self.compiler(rewritten, example_inputs, **self.arguments)
-        _log(records)
+        _warn_of_gradients(records)
+        log_records(records)
         return compiled
 
 
-def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any],
-                  plan: Plan | None) -> tuple[fx.GraphModule, list[SiteRecord]]:
+def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan | None,
+                  verify_masks: bool = False) -> tuple[fx.GraphModule, list[SiteRecord]]:
     """Run the pass; if it fails, warn once and hand back the graph as it was."""
     try:
-        return passes.run(gm, example_inputs, plan or default_plan(example_inputs))
+        verification = {"verify_masks": True} if verify_masks else {}
+        return passes.run(gm, example_inputs, plan or default_plan(example_inputs), **verification)
     except RestartAnalysis:
         raise  # Dynamo's way to trace again, knowing more
     except Exception as error:
@@ -169,6 +178,15 @@ def _load_plan(plan: PlanLike) -> Plan | None:
     return None if plan is None else resolve_plan(plan, "cpu")
 
 
+def _take_verify_masks(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], bool]:
+    """The options of the inner compiler, and the one that is ours."""
+    rest = dict(options or {})
+    verify_masks = rest.pop("verify_masks", False)
+    if not isinstance(verify_masks, bool):
+        raise OptionError(f"options['verify_masks'] is {verify_masks!r}. Give True or False.")
+    return rest, verify_masks
+
+
 def _check_inner(backend: str | Compiler, mode: str | None,
                  options: Mapping[str, Any] | None) -> tuple[Compiler, dict[str, Any]]:
     """The compiler of the rewritten graph, and the arguments that carry mode and options to it."""
@@ -214,12 +232,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _log(records: Sequence[SiteRecord]) -> None:
-    """One line for the bucket that this graph serves; a warning where grad mode alone keeps attention as it was."""
+def _warn_of_gradients(records: Sequence[SiteRecord]) -> None:
+    """Where grad mode alone keeps attention as it was, nothing else would tell."""
     if any(record.why == NEEDS_GRADIENTS for record in records):
         _warn_once(f"sparsify left attention as it was: {NEEDS_GRADIENTS}. Training runs as under torch.compile.")
-    taken = [record for record in records if record.outcome != "refused"]
-    buckets = ", ".join(dict.fromkeys(record.bucket for record in taken)) or "none"
-    budgets = Counter(record.budget for record in taken)
-    what = ", ".join(f"{budget} at {count} sites" for budget, count in budgets.items()) or "no attention rewritten"
-    log.info("sparsify: compiled bucket %s: %s; %d sites refused", buckets, what, len(records) - len(taken))

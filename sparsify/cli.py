@@ -102,9 +102,16 @@ def explain(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     plan: PlanOption = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to FILE as well.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what becomes of each attention of a model, and why."""
+    if html is not None:
+        try:
+            html.touch()
+        except OSError as error:
+            raise OptionError(f"html is {str(html)!r} and cannot be written ({error.strerror}). "
+                              "Give a file.") from error
     loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan)
     import torch
 
@@ -119,6 +126,9 @@ def explain(
         tell("tracing")
         compile(loaded.model, chosen_plan)
         explanation = explain_model(loaded.model, ids[None].to(next(loaded.model.parameters()).device))
+    if html is not None:
+        html.write_text(explanation.to_html(), encoding="utf-8")
+        console.print(f"wrote {html}", markup=False)
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
 
 

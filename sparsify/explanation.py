@@ -8,7 +8,9 @@ from torch import fx, nn
 
 from sparsify import ops
 from sparsify.backend import Backend, compiled_call, rewrite_graph
+from sparsify.page import render
 from sparsify.passes.site import SiteRecord
+from sparsify.tracing import describe
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,12 @@ class ExplainedSite:
         return {"graph": self.graph, **self.record.to_dict(), "density": self.density}
 
     def __str__(self) -> str:
-        record = self.record
-        place = f"{record.module or '(no module)'} at {record.line}"
-        if record.outcome == "refused":
-            return f"{place}\n    {record.form}, left as it was: {record.why}"
-        density = "" if self.density is None else f", density {self.density:.3f}"
-        return (f"{place}\n    {record.form}, mask: {record.mask}\n"
-                f"    {record.outcome}{density}; bucket {record.bucket}, budget {record.budget} ({record.why})")
+        return describe(self.record, self.density)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; print it, or take `sites` or `to_dict()`."""
+    """What `explain` found; print it, or take `sites`, `to_dict()` or `to_html()`."""
 
     plan: str
     sites: tuple[ExplainedSite, ...]
@@ -44,10 +40,17 @@ class Explanation:
         """Plain data."""
         return {"plan": self.plan, "sites": [site.to_dict() for site in self.sites]}
 
-    def __str__(self) -> str:
+    def to_html(self) -> str:
+        """A page of its own: one table, nothing loaded from elsewhere."""
+        return render(self._head, [site.to_dict() for site in self.sites])
+
+    @property
+    def _head(self) -> str:
         graphs = len({site.graph for site in self.sites})
-        head = f"{len(self.sites)} attention sites in {graphs} graphs; {self.plan}"
-        return "\n".join([head, *(f"{site.graph}.{site.record.index}  {site}" for site in self.sites)])
+        return f"{len(self.sites)} attention sites in {graphs} graphs; {self.plan}"
+
+    def __str__(self) -> str:
+        return "\n".join([self._head, *(f"{site.graph}.{site.record.index}  {site}" for site in self.sites)])
 
 
 def explain(model: Any, *inputs: Any, **kwargs: Any) -> Explanation:

@@ -1,9 +1,16 @@
 """`sparsify.compile`: in place, checked before anything changes, and never worse than torch.compile when it fails."""
 
 import copy
+import json
 import logging
+import os
 import pickle
+import subprocess
+import sys
+import textwrap
 import warnings
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,7 +20,10 @@ from torch import nn
 import sparsify
 from sparsify import Bucket, Budget, DeviceError, ModelError, OptionError, Plan, PlanError, ShapeError
 from sparsify import backend as backend_module
+from sparsify.explanation import ExplainedSite, Explanation
+from sparsify.passes import SiteRecord
 
+ROOT = Path(__file__).resolve().parent.parent
 PLAN = Plan((Bucket(1, 32, Budget.dense()), Bucket(32, None, Budget(0.0))))
 
 
@@ -101,6 +111,7 @@ def test_torch_knows_the_name():
     ({"options": {"no_such_option": 1}}, OptionError),
     ({"options": {"plan": PLAN}}, OptionError),
     ({"mode": "default", "options": {"max_autotune": True}}, OptionError),
+    ({"options": {"verify_masks": 1}}, OptionError),
     ({"backend": "no-such-backend"}, OptionError),
     ({"backend": "sparsify"}, OptionError),
 ])
@@ -221,19 +232,99 @@ def test_mode_and_options_reach_inductor(monkeypatch):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_verify_masks_reaches_the_pass_and_not_inductor(monkeypatch, verify):
+    seen = []
+
+    def run(gm, inputs, plan, verify_masks=False):
+        seen.append(verify_masks)
+        return gm, []
+
+    monkeypatch.setattr(backend_module.passes, "run", run)
+    options, x = {"verify_masks": verify}, torch.randn(2, 40, 16)
+    model = Attention().eval()
+    sparsify.compile(Attention().eval(), PLAN, mode="default", options=options)  # mode beside it is no contradiction
+    sparsify.compile(model, PLAN, backend="eager", options=options)(x)
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs: gm.forward)
+    torch.compile(model.forward, backend="sparsify", options={"plan": PLAN, **options})(x)
+    assert seen == [verify, verify]
+
+
+def test_torch_logs_and_torch_trace_tell_what_the_pass_did(tmp_path):
+    code = """
+        import torch, sparsify
+        from sparsify import Bucket, Budget, Plan
+
+        def attention(q):
+            hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+            return (q @ q.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ q
+
+        compiled = sparsify.compile(attention, Plan((Bucket(1, None, Budget(0.0)),)), backend="eager")
+        with torch.no_grad():
+            compiled(torch.randn(1, 2, 9, 8))
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+
+    def run(**environment):
+        result = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True,
+                                env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+        return result.stderr
+
+    verbose = run(TORCH_LOGS="+sparsify", TORCH_TRACE=str(tmp_path / "trace"))
+    assert "sparsify: compiled bucket [1, inf): tolerance 0 at 1 sites; 0 sites refused" in verbose
+    assert "site 0: (no module) at script.py:7" in verbose and "softmax chain, mask: causal" in verbose
+    (trace,) = (tmp_path / "trace").iterdir()
+    entries = trace.read_text().split("\nV")
+    before, after, sites = (next(entry for entry in entries if f'"name": "sparsify_{name}"' in entry)
+                            for name in ("before", "after", "sites"))
+    assert "softmax" in before and "adaptive_attention" not in before
+    assert "torch.ops.sparsify.adaptive_attention" in after and "aten.softmax" not in after
+    assert json.loads(sites[sites.index("\n"):])[0]["mask"] == "causal"
+
+    assert "site 0" not in run(TORCH_LOGS="sparsify")
+    assert "sparsify" not in run()
+
+
 def test_explain_says_what_became_of_each_site():
     model = Attention().eval()
     sparsify.compile(model, PLAN, backend="eager")
     explanation = sparsify.explain(model, torch.randn(2, 40, 16))
     (site,) = explanation.sites
-    assert site.to_dict() == {
-        "graph": 0, "index": 0, "outcome": "sparse", "form": "softmax chain", "line": site.record.line, "module": "",
-        "why": "guard on the key length", "node": site.record.node, "mask": "causal", "bucket": "[32, inf)",
-        "budget": "tolerance 0", "density": 1.0}
+    told = {"graph": 0, "index": 0, "outcome": "sparse", "form": "softmax chain", "line": site.record.line,
+            "module": "", "why": "guard on the key length", "node": site.record.node, "mask": "causal",
+            "bucket": "[32, inf)", "budget": "tolerance 0", "density": 1.0}
+    assert told.items() <= site.to_dict().items()
     assert site.record.line.startswith("test_backend.py:")
     for word in ("causal", "[32, inf)", "tolerance 0", "test_backend.py", "density 1.000"):
         assert word in str(explanation)
     assert explanation.to_dict()["sites"] == [site.to_dict()]
+
+
+def test_explain_makes_a_page_of_its_own():
+    def two_sites(q, mask):
+        q = F.scaled_dot_product_attention(q, q, q, mask)
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+
+    explanation = sparsify.explain(two_sites, torch.randn(1, 2, 40, 8), torch.rand(40, 40) > 0.1)
+    page = explanation.to_html()
+    root = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>\n").replace('<meta charset="utf-8">', ""))
+    rows = [["".join(cell.itertext()) for cell in row.iter("td")] for row in root.find("body/table/tbody")]
+    assert [row[0] for row in rows] == ["0.0", "0.1"]
+    assert all("test_backend.py:" in row[1] and row[2] == "sdpa" for row in rows)
+    assert "dropout is active" in rows[1][-1]
+    for loads in ("http", "src=", "href=", "@import", "url(", "<script"):
+        assert loads not in page
+    assert len(page) < 4000
+
+
+def test_a_page_escapes_what_models_are_named():
+    record = SiteRecord(0, "refused", "other", "<b>.py:1", "a&b", "it's <i>not</i> \"read\"", "node")
+    page = Explanation("<plan>", (ExplainedSite(0, record, None),)).to_html()
+    for text in ("&lt;b&gt;.py:1", "a&amp;b", "&lt;i&gt;not&lt;/i&gt;", "&lt;plan&gt;"):
+        assert text in page
+    assert "<i>" not in page
 
 
 def test_explain_works_on_a_plain_model_and_changes_nothing():

@@ -70,6 +70,13 @@ def test_explain_in_json(common):
     assert 0 < sites[1]["density"] <= 1
 
 
+def test_explain_writes_a_page(common, files):
+    result = run("explain", *common, "--length", 128, "--html", files / "sites.html")
+    assert result.exit_code == 0, result.output
+    assert (files / "sites.html").read_text(encoding="utf-8").count("<tr class=") == 2
+    assert f"wrote {files / 'sites.html'}" in result.stderr
+
+
 def test_plan_show(files):
     assert run("plan", "show", files / "plan.json").stdout == f"{PLAN}\n"
     assert run("plan", "show", "--device", "cuda").stdout == f"{Plan.default('cuda')}\n"
@@ -85,6 +92,7 @@ def test_plan_show(files):
     (["bench", "--text", __file__, "--lengths", "32768"], "and the longest length is 32768"),
     (["bench", "--plan", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
     (["explain", "--length", "0"], "length is 0"),
+    (["explain", "--length", "64", "--html", "no-such-folder/x.html"], "html is 'no-such-folder/x.html'"),
     (["explain", "--text", __file__, "--length", "32768"], "length is 32768"),
     (["plan", "show", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
 ])
