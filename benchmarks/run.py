@@ -133,7 +133,7 @@ def _peak_kilobytes() -> int:
 
 
 def _adaptive(layer: Layer) -> torch.Tensor:
-    return ops.adaptive_attention(*layer.qkv, layer.scale, 0, None, TOLERANCE, BUDGET.max_density, BUDGET.sinks,
+    return ops.adaptive_attention(*layer.qkv, *layer.arguments, TOLERANCE, BUDGET.max_density, BUDGET.sinks,
                                   BUDGET.local, BUDGET.singles, 0, ops.VERSION)
 
 

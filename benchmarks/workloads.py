@@ -25,6 +25,7 @@ from sparsify.kernels.blocks import (
     count_blocks,
     forced_blocks,
 )
+from sparsify.kernels.masks import Masks
 from sparsify.plan import Budget
 
 Call = Callable[[], Tensor]
@@ -79,6 +80,11 @@ class Layer:
     def scale(self) -> float:
         return self.workload.head_dim ** -0.5
 
+    @property
+    def arguments(self) -> tuple:
+        """From `scale` on, as the ops take them by position."""
+        return self.scale, 0, None, None, None, None, None, 0.0, None
+
     @cached_property
     def visible_pairs(self) -> Tensor:
         """Visible (query, key) pairs of every block: float64 [query blocks, key blocks]."""
@@ -91,7 +97,7 @@ class Layer:
     def lists(self, density: float) -> KeptLists:
         """Random kept lists in which about this share of the allowed blocks is kept."""
         w, device = self.workload, torch.device(self.workload.device)
-        allowed = allowed_blocks(self.length, self.length, 0, None, device)
+        allowed = allowed_blocks(Masks(0), self.length, self.length, device)
         boundary = boundary_blocks(self.length, self.length, 0, device)
         forced = forced_blocks(allowed, boundary, BUDGET.sinks, BUDGET.local)
         free = (allowed.sum(-1) - forced.sum(-1)).clamp(min=1)
@@ -143,16 +149,16 @@ class Layer:
 
     def exact(self) -> Call:
         """The op of dense buckets."""
-        return partial(ops.exact_attention, *self.qkv, self.scale, 0, None, ops.VERSION)
+        return partial(ops.exact_attention, *self.qkv, *self.arguments, ops.VERSION)
 
     def sparse(self, lists: KeptLists) -> Call:
         """Attention over given lists."""
-        return lambda: ops.block_sparse_attention(*self.qkv, *lists, self.scale, 0, None)[0]
+        return lambda: ops.block_sparse_attention(*self.qkv, *lists, *self.arguments)[0]
 
     def selection(self, singles: int = BUDGET.singles) -> Call:
         """Selection alone."""
         q, k, _ = self.qkv
-        return lambda: ops.select_blocks(q, k, self.scale, 0, None, TOLERANCE, BUDGET.max_density, BUDGET.sinks,
+        return lambda: ops.select_blocks(q, k, *self.arguments, TOLERANCE, BUDGET.max_density, BUDGET.sinks,
                                          BUDGET.local, singles)[1]
 
     def relative_error(self, out: Tensor, lists: KeptLists | None, rows: int = 32) -> float:

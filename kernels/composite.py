@@ -26,25 +26,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, masks: Masks) ->
     sinks = None if masks.sink_logits is None else masks.sink_logits.to(dtype)[:, None, None]
     step = max(1, WORKSPACE // (batch * heads * kv_len))
     for first in range(0, q_len, step):
-        rows = slice(first, min(first + step, q_len))
-        queries = q[:, :, rows].to(dtype) * scale
+        queries = q[:, :, first: first + step].to(dtype)
         count = queries.shape[2]
         grouped = queries.reshape(batch, kv_heads, -1, queries.shape[3])  # the heads of a group, one behind the other
-        scores = masks.cap((grouped @ keys).view(batch, heads, count, kv_len))
-        bias = masks.bias_of(rows)
-        if bias is not None:
-            scores = scores + bias
-        seen = masks.visible(q_len, kv_len, q.device, rows)
-        if seen is not None:
-            scores = scores.masked_fill(~seen, -torch.inf)
-        top = scores.amax(-1, keepdim=True)
-        sees = top > -torch.inf
+        products = (grouped @ keys).view(batch, heads, count, kv_len)
+        scores = masks.of_rows(first, count).scores(products, scale).to(dtype)
+        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
         if sinks is not None:
             top = torch.maximum(top, sinks)
-        weights = torch.exp(scores - torch.where(sees, top, 0.0))
+        weights = torch.exp(scores - top)
         total = weights.sum(-1, keepdim=True)
         if sinks is not None:
             total = total + torch.exp(sinks - top)
         mixed = (weights.view(batch, kv_heads, -1, kv_len) @ values).view(batch, heads, count, v.shape[3])
-        out[:, :, rows] = (mixed / torch.where(sees | total.isnan(), total, 1.0)).to(q.dtype)
+        out[:, :, first: first + step] = (mixed / total.masked_fill(total == 0, 1.0)).to(q.dtype)
     return out

@@ -2,7 +2,7 @@
 
     q          [B, H, q_len, D]     fp64, fp32, bf16 or fp16; any strides
     k          [B, Hkv, kv_len, D]  same dtype; any strides
-    key_mask   bool [B or 1, kv_len] or None
+    masks      see kernels/masks.py
     peaks      [B, H, query blocks, key blocks]: largest estimated share of a row, 0 where not allowed
     cost       m + 2 products of D per row and key block (m + 2 of every 64 that dense QK^T takes), m + 1 exponentials
 
@@ -15,13 +15,16 @@ from torch import Tensor
 
 from sparsify.kernels import oracle
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, count_blocks
+from sparsify.kernels.masks import Masks
 
 WORKSPACE = 1 << 20  # scores per step: 4 MB
 
 
-def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
-                    singles: int) -> Tensor:
+def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles: int) -> Tensor:
     """Peaks of all blocks, as the head of this file says."""
+    if not masks.is_plain:
+        return _peaks_by_definition(q, k, scale, masks, singles)
+    causal_offset, key_mask = masks.causal_offset, masks.key_mask
     batch, heads, q_len, dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -40,6 +43,15 @@ def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | 
                 found = estimator.peaks(rows.to(dtype) * scale, i * QUERY_BLOCK)
                 peaks[b, group, i, : found.shape[-1]] = found
     return peaks
+
+
+def _peaks_by_definition(q: Tensor, k: Tensor, scale: float, masks: Masks, singles: int) -> Tensor:
+    """One query block after the other, by the oracle: as slow as dense scores. The compiled path is the fast one."""
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    summaries = oracle.summarise_keys(k, singles, masks.key_mask)
+    return torch.cat([
+        oracle.peaks(oracle.estimate_shares(rows, k, summaries, scale, masks.of_rows(i * QUERY_BLOCK, rows.shape[2])))
+        for i, rows in enumerate(q.split(QUERY_BLOCK, 2))], 2)
 
 
 class _Estimator:

@@ -9,7 +9,8 @@
 All masks hold together, and a row that sees no key gives zeros.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,36 +55,51 @@ class Masks:
         """attn_mask, if it is added."""
         return self.attn_mask if self.attn_mask is not None and self.attn_mask.is_floating_point() else None
 
-    def visible(self, q_len: int, kv_len: int, device: torch.device, rows: slice = slice(None)) -> Tensor | None:
-        """Which query of `rows` may see which key: bool, broadcastable to [B, H, rows, kv_len]; None: all see all.
+    def of_rows(self, first: int, count: int) -> "Masks":
+        """The same masks, seen from the `count` rows that start at `first`."""
+        rows = slice(first, first + count)
+        offset = None if self.causal_offset is None else self.causal_offset + first
+        documents = None if self.query_documents is None else self.query_documents[:, rows]
+        mask = self.attn_mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, rows]
+        return replace(self, causal_offset=offset, query_documents=documents, attn_mask=mask)
+
+    def of_batch(self, batch: int) -> "Masks":
+        """The same masks for one batch row alone."""
+        def one(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[batch % len(x)][None]
+
+        return replace(self, key_mask=one(self.key_mask), query_documents=one(self.query_documents),
+                       key_documents=one(self.key_documents), attn_mask=one(self.attn_mask))
+
+    def visible(self, q_len: int, kv_len: int, device: torch.device) -> Tensor | None:
+        """Which query may see which key: bool, broadcastable to [B, H, q_len, kv_len]; None: all see all.
 
         A bias hides where it is -inf; that is left to whoever adds it.
         """
         parts: list[Tensor] = []
         if self.causal_offset is not None and (self.window is not None or self.causal_offset < kv_len - 1):
-            ends = torch.arange(q_len, device=device)[rows, None] + self.causal_offset
+            ends = torch.arange(q_len, device=device)[:, None] + self.causal_offset
             keys = torch.arange(kv_len, device=device)
             seen = keys <= ends
             parts.append((seen if self.window is None else seen & (keys > ends - self.window))[None, None])
         if self.key_mask is not None:
             parts.append(self.key_mask[:, None, None])
         if self.query_documents is not None and self.key_documents is not None:
-            parts.append((self.query_documents[:, rows, None] == self.key_documents[:, None])[:, None])
-        if self.attn_mask is not None and not self.attn_mask.is_floating_point():
-            parts.append(_rows_of(self.attn_mask, rows))
-        seen_by_all = None
-        for part in parts:
-            seen_by_all = part if seen_by_all is None else seen_by_all & part
-        return seen_by_all
+            parts.append((self.query_documents[..., None] == self.key_documents[:, None])[:, None])
+        if self.attn_mask is not None and self.bias is None:
+            parts.append(self.attn_mask)
+        return functools.reduce(torch.logical_and, parts) if parts else None
 
-    def bias_of(self, rows: slice) -> Tensor | None:
-        """The bias of some rows, broadcastable to [B, H, rows, kv_len]."""
-        return None if self.bias is None else _rows_of(self.bias, rows)
+    def scores(self, products: Tensor, scale: float) -> Tensor:
+        """From q k^T [B, H, q_len, kv_len] to what the softmax is taken of; -inf where a key is hidden."""
+        scores = self.cap(products * scale)
+        if self.bias is not None:
+            scores = scores + self.bias
+        seen = self.visible(products.shape[2], products.shape[3], products.device)
+        return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
 
     def cap(self, scores: Tensor) -> Tensor:
         """Scaled scores under the soft cap."""
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
-
-
-def _rows_of(mask: Tensor, rows: slice) -> Tensor:
-    return mask if mask.shape[2] == 1 else mask[:, :, rows]

@@ -27,6 +27,7 @@ constexpr int ROWS = 128;  // query block
 constexpr int KEYS = 64;   // key block
 constexpr int VECTORS = ROWS / LANES;
 constexpr int TALL = 4;    // rows of A per register tile
+constexpr uint8_t HIDDEN = 0, WHOLE = 1;  // kinds of blocks; what is neither is seen in part
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float)), may_alias));
@@ -57,6 +58,19 @@ static inline vec exponential(vec x) {  // for x <= 0; 0 below -87, the smallest
     vec y = p * r * r + r + 1.0f;
     ivec bits = (ivec)y + (((ivec)shifted - 0x4b400000) << 23);
     return x < -87.0f ? vec{} : x == x ? (vec)bits : x;
+}
+
+static inline vec hyperbolic_tangent(vec x) {
+    vec size = x < 0.0f ? -x : x, z = x * x;
+    vec p = splat(-5.70498872745e-3f);  // Cephes below 0.625: 1 - 2 / (exp + 1) would cancel there
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    vec small = p * z * x + x;
+    vec e = exponential(-2.0f * size);
+    vec large = (1.0f - e) / (1.0f + e);
+    return size < 0.625f ? small : x < 0.0f ? -large : large;
 }
 
 // C[M][ROWS] = A[M][K] B[K][ROWS], or += with ADD; element (i, p) of A is a[i * row + p * column].
@@ -100,6 +114,19 @@ struct Tensor {  // [batch, heads, length, dim], the last dimension dense
     float* at(int64_t b, int64_t h, int64_t r) const { return data + b * batch + h * head + r * row; }
 };
 
+template <class T>
+struct Rows {  // [B or 1, length]
+    const T* data;  // or null
+    int64_t batch;  // stride, 0 for one row
+    const T* at(int64_t b) const { return data ? data + b * batch : nullptr; }
+};
+
+struct Mask {  // [batch, heads, q_len, kv_len], added to scores
+    const void* data;
+    int64_t kind;                   // 0: none, 1: bool (true is visible), 2: float32, 3: bfloat16
+    int64_t batch, head, row, key;  // strides, 0 where one element serves all
+};
+
 struct Problem {
     Tensor q, k, v, out;
     float* lse;          // [B, H, q_len]
@@ -111,15 +138,19 @@ struct Problem {
     const int32_t* kept;    // [B, H, query blocks, capacity]
     const int32_t* counts;  // [B, H, query blocks]
     const int64_t* order;   // work items, heaviest first; null: as they come
-    const uint8_t* shown;   // [B or 1, kv_len] or null
-    int64_t shown_batch;    // stride of shown, 0 for one row
-    int64_t heads, kv_heads, q_len, kv_len, dim, value_dim, capacity, singles, causal_offset, causal, items;
-    float scale;
+    Rows<uint8_t> shown;    // [B or 1, kv_len]
+    Rows<uint8_t> kinds;    // [B or 1, query blocks, key blocks] of HIDDEN, WHOLE or CUT; null where masks are plain
+    Rows<int64_t> query_documents, key_documents;
+    Mask mask, block_bias;  // attn_mask, and what it adds to the mass of a block
+    const float* sinks;     // [H] or null
+    int64_t heads, kv_heads, q_len, kv_len, dim, value_dim, capacity, singles, causal_offset, causal, window, windowed;
+    int64_t plain;          // nothing but causality and `shown`
+    int64_t items;
+    float scale, softcap;   // 0: no cap
     std::atomic<int64_t> next;
 
     int64_t query_blocks() const { return (q_len + ROWS - 1) / ROWS; }
     int64_t key_blocks() const { return (kv_len + KEYS - 1) / KEYS; }
-    const uint8_t* shown_of(int64_t b) const { return shown ? shown + b * shown_batch : nullptr; }
 };
 
 // `rows` rows of a tensor, side by side: heads that are interleaved in memory lie a power of two apart, and 64 rows of
@@ -158,22 +189,86 @@ static bool needs_hiding(const Problem& P, const uint8_t* shown, int64_t tile, i
     return shown || (j + 1) * KEYS > P.kv_len || (P.causal && j * KEYS + KEYS - 1 > tile * ROWS + P.causal_offset);
 }
 
+// The same where masks are not plain: all that hides a key but the mask tensor.
+static void hide_all(const Problem& P, int64_t b, int64_t tile, int64_t j, bool cut, vec* scores) {
+    const uint8_t* shown = P.shown.at(b);
+    const int64_t *rows = P.query_documents.at(b), *keys = P.key_documents.at(b);
+    int64_t count = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
+    for (int key = 0; key < KEYS; key++) {
+        int64_t position = j * KEYS + key;
+        float* s = (float*)(scores + key * VECTORS);
+        bool exists = position < P.kv_len && (!shown || shown[position]);
+        int64_t from = exists ? 0 : ROWS, until = ROWS;  // rows that see the key
+        if (exists && P.causal && cut) {
+            int64_t first = position - P.causal_offset - tile * ROWS;
+            from = std::min<int64_t>(ROWS, std::max<int64_t>(0, first));
+            if (P.windowed) until = std::min<int64_t>(ROWS, std::max<int64_t>(0, first + P.window));
+        }
+        for (int64_t r = 0; r < from; r++) s[r] = NONE;
+        for (int64_t r = until; r < ROWS; r++) s[r] = NONE;
+        if (exists && rows && cut)
+            for (int64_t r = 0; r < count; r++) s[r] = rows[tile * ROWS + r] == keys[position] ? s[r] : NONE;
+    }
+}
+
+static inline float added(uint8_t shown) { return shown ? 0 : NONE; }
+static inline float added(float x) { return x; }
+struct bfloat16 { uint16_t bits; };
+static inline float added(bfloat16 x) {
+    uint32_t wide = (uint32_t)x.bits << 16;
+    float y;
+    std::memcpy(&y, &wide, sizeof y);
+    return y;
+}
+
+template <class T>
+static void add_mask(const Mask& mask, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t start, int keys,
+                     vec* scores) {
+    const T* from = (const T*)mask.data + b * mask.batch + h * mask.head + start * mask.key;
+    if (mask.row == 0) {
+        for (int key = 0; key < keys; key++) {
+            vec x = splat(added(from[key * mask.key]));
+            for (int j = 0; j < VECTORS; j++) scores[key * VECTORS + j] += x;
+        }
+        return;
+    }
+    float* s = (float*)scores;
+    for (int64_t r = 0; r < rows; r++) {
+        const T* row = from + (first + r) * mask.row;
+        for (int key = 0; key < keys; key++) s[key * ROWS + r] += added(row[key * mask.key]);
+    }
+}
+
+// From scaled products [KEYS][ROWS] of key block j to scores, where masks are not plain.
+static void finish_scores(const Problem& P, int64_t b, int64_t h, int64_t tile, int64_t j, vec* scores) {
+    int64_t keys = std::min<int64_t>(KEYS, P.kv_len - j * KEYS), rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
+    if (P.softcap > 0)
+        for (int i = 0; i < keys * VECTORS; i++) scores[i] = P.softcap * hyperbolic_tangent(scores[i] / P.softcap);
+    if (P.mask.kind) {
+        auto add = P.mask.kind == 1 ? add_mask<uint8_t> : P.mask.kind == 2 ? add_mask<float> : add_mask<bfloat16>;
+        add(P.mask, b, h, tile * ROWS, rows, j * KEYS, keys, scores);
+    }
+    bool cut = P.kinds.at(b)[tile * P.key_blocks() + j] != WHOLE;
+    if (cut || P.shown.data || keys < KEYS) hide_all(P, b, tile, j, cut, scores);
+}
+
 static int64_t claim(Problem& P) {
     int64_t i = P.next.fetch_add(1, std::memory_order_relaxed);
     return i < P.items ? (P.order ? P.order[i] : i) : -1;
 }
 
-extern "C" void attend(Problem* problem) {
-    Problem& P = *problem;
+template <bool PLAIN>
+static void attend_items(Problem& P) {
     Buffer queries(P.dim * VECTORS), scores(KEYS * VECTORS), mixed(P.value_dim * VECTORS);
     Buffer copy(KEYS * std::max(P.dim, P.value_dim) / LANES + 1);
     int64_t tiles = P.query_blocks(), group = P.heads / P.kv_heads;
     for (int64_t item; (item = claim(P)) >= 0;) {
         int64_t tile = item % tiles, h = item / tiles % P.heads, b = item / tiles / P.heads, kv = h / group;
         const int32_t* list = P.kept + item * P.capacity;
-        const uint8_t* shown = P.shown_of(b);
+        const uint8_t* shown = P.shown.at(b);
         vec top[VECTORS], total[VECTORS];
-        for (int j = 0; j < VECTORS; j++) top[j] = splat(NONE), total[j] = vec{};
+        float sink = !PLAIN && P.sinks ? P.sinks[h] : NONE;
+        for (int j = 0; j < VECTORS; j++) top[j] = splat(sink), total[j] = splat(sink == NONE ? 0 : 1);
         std::memset(mixed.data, 0, P.value_dim * VECTORS * sizeof(vec));
         transpose_queries(P, b, h, tile, queries);
         for (int32_t entry = 0; entry < P.counts[item]; entry++) {
@@ -181,7 +276,8 @@ extern "C" void attend(Problem* problem) {
             if (keys <= 0) continue;  // the padding id
             const float* k = side_by_side(P.k, b, kv, block * KEYS, keys, P.dim, (float*)copy.data);
             product<false>(k, P.dim, 1, queries, scores, keys, P.dim);
-            if (needs_hiding(P, shown, tile, block)) hide(P, shown, tile, block, scores);
+            if (!PLAIN) finish_scores(P, b, h, tile, block, scores);
+            else if (needs_hiding(P, shown, tile, block)) hide(P, shown, tile, block, scores);
             vec shift[VECTORS], keep[VECTORS];
             for (int j = 0; j < VECTORS; j++) {
                 vec highest = top[j];
@@ -213,13 +309,17 @@ extern "C" void attend(Problem* problem) {
     }
 }
 
+extern "C" void attend(Problem* problem) {
+    problem->plain ? attend_items<true>(*problem) : attend_items<false>(*problem);
+}
+
 extern "C" void summarise(Problem* problem) {
     Problem& P = *problem;
     int64_t blocks = P.key_blocks(), D = P.dim;
     std::vector<float> mean(D), spread(D);
     for (int64_t item; (item = claim(P)) >= 0;) {
         int64_t block = item % blocks, h = item / blocks % P.kv_heads, b = item / blocks / P.kv_heads;
-        const uint8_t* shown = P.shown_of(b);
+        const uint8_t* shown = P.shown.at(b);
         const float* keys[KEYS];
         float distance[KEYS];
         int count = 0;
@@ -268,8 +368,8 @@ extern "C" void summarise(Problem* problem) {
     }
 }
 
-extern "C" void estimate(Problem* problem) {
-    Problem& P = *problem;
+template <bool PLAIN>
+static void estimate_items(Problem& P) {
     int64_t tiles = P.query_blocks(), blocks = P.key_blocks(), D = P.dim, group = P.heads / P.kv_heads;
     int64_t parts = P.singles + 1;
     constexpr int CHUNK = 4;  // key blocks per step: their scores stay in the first-level cache
@@ -277,7 +377,7 @@ extern "C" void estimate(Problem* problem) {
     Buffer spread(CHUNK * VECTORS), mass(blocks * VECTORS), reference(blocks * VECTORS);
     for (int64_t item; (item = claim(P)) >= 0;) {
         int64_t tile = item % tiles, h = item / tiles % P.heads, b = item / tiles / P.heads, kv = h / group;
-        const uint8_t* shown = P.shown_of(b);
+        const uint8_t* shown = P.shown.at(b);
         int64_t rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
         int64_t whole = blocks, upto = blocks;  // blocks that every row sees whole; that some row sees
         if (P.causal) {
@@ -288,7 +388,11 @@ extern "C" void estimate(Problem* problem) {
         transpose_queries(P, b, h, tile, queries);
         for (int64_t i = 0; i < D * VECTORS; i++) squares[i] = queries[i] * queries[i];
         vec top[VECTORS], total[VECTORS];
-        for (int j = 0; j < VECTORS; j++) top[j] = splat(-std::numeric_limits<float>::max()), total[j] = vec{};
+        float sink = !PLAIN && P.sinks ? P.sinks[h] : NONE;
+        for (int j = 0; j < VECTORS; j++) {
+            top[j] = splat(std::max(sink, -std::numeric_limits<float>::max()));
+            total[j] = splat(sink == NONE ? 0 : 1);
+        }
 
         // The sum of exp(score - top) over the `count` scores of a block; top may rise, earlier sums follow it.
         auto add = [&](int64_t block, const vec* s, int count) {
@@ -304,8 +408,7 @@ extern "C" void estimate(Problem* problem) {
             }
         };
         int64_t base = (b * P.kv_heads + kv) * blocks;
-        for (int64_t first = 0; first < whole; first += CHUNK) {
-            int64_t n = std::min<int64_t>(CHUNK, whole - first);
+        auto weigh_whole = [&](int64_t first, int64_t n) {  // at most CHUNK blocks, by their summaries
             product<false>(P.vectors + (base + first) * parts * D, D, 1, queries, scores, n * parts, D);
             product<false>(P.variance + (base + first) * D, D, 1, squares, spread, n, D);
             for (int64_t i = 0; i < n; i++) {
@@ -316,16 +419,42 @@ extern "C" void estimate(Problem* problem) {
                     vec variance = spread[i * VECTORS + j], root;
                     for (int l = 0; l < LANES; l++) root[l] = __builtin_sqrtf(2 * log_count * variance[l]);
                     vec bonus = variance < 2 * log_count ? variance * 0.5f : root - log_count;
-                    s[alone * VECTORS + j] = rest ? s[P.singles * VECTORS + j] + log_count + bonus : splat(NONE);
+                    vec middle = s[P.singles * VECTORS + j] + bonus;
+                    if (!PLAIN && P.softcap > 0) middle = P.softcap * hyperbolic_tangent(middle / P.softcap);
+                    s[alone * VECTORS + j] = rest ? middle + log_count : splat(NONE);
+                }
+                if (!PLAIN && P.softcap > 0)
+                    for (int j = 0; j < alone * VECTORS; j++) s[j] = P.softcap * hyperbolic_tangent(s[j] / P.softcap);
+                if (!PLAIN && P.block_bias.kind) {
+                    vec bias[VECTORS] = {};
+                    add_mask<float>(P.block_bias, b, h, tile * ROWS, rows, first + i, 1, bias);
+                    for (int part = 0; part <= alone; part++)
+                        for (int j = 0; j < VECTORS; j++) s[part * VECTORS + j] += bias[j];
                 }
                 add(first + i, s, alone + 1);
             }
-        }
-        for (int64_t block = whole; block < upto; block++) {  // the causal edge runs through these: exact
+        };
+        auto weigh_keys = [&](int64_t block) {  // a block that some row sees in part: exact
             int64_t keys = std::min<int64_t>(KEYS, P.kv_len - block * KEYS);
             product<false>(P.k.at(b, kv, block * KEYS), P.k.row, 1, queries, scores, keys, D);
-            hide(P, shown, tile, block, scores);
+            if (PLAIN) hide(P, shown, tile, block, scores);
+            else finish_scores(P, b, h, tile, block, scores);
             add(block, scores, keys);
+        };
+        const uint8_t* kinds = PLAIN ? nullptr : P.kinds.at(b) + tile * blocks;
+        if (PLAIN) {
+            for (int64_t first = 0; first < whole; first += CHUNK)
+                weigh_whole(first, std::min<int64_t>(CHUNK, whole - first));
+            for (int64_t block = whole; block < upto; block++) weigh_keys(block);
+        } else {
+            upto = blocks;
+            for (int64_t block = 0; block < blocks;) {
+                int64_t run = 0;
+                while (run < CHUNK && block + run < blocks && kinds[block + run] == WHOLE) run++;
+                if (run) weigh_whole(block, run);
+                else if (kinds[block] != HIDDEN) weigh_keys(block);
+                block += std::max<int64_t>(run, 1);
+            }
         }
         float* peaks = P.peaks + item * blocks;
         float inside[ROWS];
@@ -336,6 +465,7 @@ extern "C" void estimate(Problem* problem) {
             total[j] = total[j] > 0.0f ? mine / total[j] : vec{};
         }
         for (int64_t block = 0; block < upto; block++) {
+            if (!PLAIN && kinds[block] == HIDDEN) continue;
             vec highest = {};
             for (int j = 0; j < VECTORS; j++)
                 highest = maximum(highest, mass[block * VECTORS + j] *
@@ -345,4 +475,8 @@ extern "C" void estimate(Problem* problem) {
             peaks[block] = peak;
         }
     }
+}
+
+extern "C" void estimate(Problem* problem) {
+    problem->plain ? estimate_items<true>(*problem) : estimate_items<false>(*problem);
 }

@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, count_blocks
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, block_bias, block_kinds, count_blocks
+from sparsify.kernels.masks import Masks
 
 log = logging.getLogger("sparsify")
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -38,18 +39,35 @@ class _Tensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("head", ctypes.c_int64), ("row", ctypes.c_int64)]
 
 
+class _Mask(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("kind", "batch", "head", "row",
+                                                                                 "key"))]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64)]
+
+
 class _Problem(ctypes.Structure):
     """The `Problem` of native.cpp, field by field."""
 
     _fields_ = [
         *((name, _Tensor) for name in ("q", "k", "v", "out")),
         *((name, ctypes.c_void_p) for name in ("lse", "vectors", "variance", "alone", "rest", "peaks", "kept", "counts",
-                                               "order", "shown")),
-        *((name, ctypes.c_int64) for name in ("shown_batch", "heads", "kv_heads", "q_len", "kv_len", "dim", "value_dim",
-                                              "capacity", "singles", "causal_offset", "causal", "items")),
+                                               "order")),
+        *((name, _Rows) for name in ("shown", "kinds", "query_documents", "key_documents")),
+        *((name, _Mask) for name in ("mask", "block_bias")),
+        ("sinks", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "q_len", "kv_len", "dim", "value_dim", "capacity",
+                                              "singles", "causal_offset", "causal", "window", "windowed", "plain",
+                                              "items")),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("next", ctypes.c_int64),
     ]
+
+
+MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
 
 
 def available() -> bool:
@@ -64,8 +82,7 @@ def why_not(q: Tensor) -> str | None:
     return None if available() else "no C++ compiler was found"
 
 
-def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
-                    singles: int) -> Tensor:
+def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles: int) -> Tensor:
     """Largest estimated share that any row of a query block gives a key block: float32 [B, H, query, key blocks]."""
     q, k = _dense_float(q), _dense_float(k)
     batch, kv_heads, kv_len, dim = k.shape
@@ -75,22 +92,26 @@ def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | 
     alone, rest = torch.empty(2, batch, kv_heads, blocks, dtype=torch.int32)
     peaks = torch.zeros(batch, q.shape[1], count_blocks(q.shape[2], QUERY_BLOCK), blocks)
     tensors = {"q": q, "k": k, "vectors": vectors, "variance": variance, "alone": alone, "rest": rest, "peaks": peaks}
-    numbers = {"scale": scale, "causal_offset": causal_offset, "singles": singles}
-    _run("summarise", alone.numel(), tensors, numbers, key_mask)
-    _run("estimate", peaks[..., 0].numel(), tensors, numbers, key_mask)
+    numbers = {"scale": scale, "singles": singles}
+    _run("summarise", alone.numel(), tensors, numbers, Masks(key_mask=masks.key_mask))
+    bias = block_bias(masks, kv_len)
+    _run("estimate", peaks[..., 0].numel(), tensors, numbers, masks, bias)
     return peaks
 
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
-                           causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the visible keys of the kept blocks; a row that sees none gives zeros and -inf."""
+                           masks: Masks) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the visible keys of the kept blocks; a row that sees none gives zeros.
+
+    lse is -inf for such a row, or its sink logit.
+    """
     batch, heads, q_len, _ = q.shape
     out = torch.empty(batch, q_len, heads, v.shape[3]).transpose(1, 2)
     lse = torch.empty(batch, heads, q_len)
     order = counts.flatten().argsort(descending=True)
     tensors = {"q": _dense_float(q), "k": _dense_float(k), "v": _dense_float(v), "out": out, "lse": lse,
                "kept": kept.contiguous(), "counts": counts.contiguous(), "order": order}
-    _run("attend", counts.numel(), tensors, {"scale": scale, "causal_offset": causal_offset}, key_mask)
+    _run("attend", counts.numel(), tensors, {"scale": scale}, masks)
     return out.to(q.dtype), lse
 
 
@@ -99,22 +120,20 @@ def _dense_float(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _run(function: str, items: int, tensors: dict[str, Tensor], numbers: dict[str, float | int | None],
-         key_mask: Tensor | None) -> None:
-    """Call one entry of native.cpp on every thread that torch would use; they share the items among them."""
+def _run(function: str, items: int, tensors: dict[str, Tensor], numbers: dict[str, float], masks: Masks,
+         bias: Tensor | None = None) -> None:
+    """Call one entry of native.cpp on every thread that torch would use; they share the items among them.
+
+    `bias` is the `block_bias` of the masks, for entries that read summaries.
+    """
     q, k = tensors["q"], tensors["k"]
     problem = _Problem(heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], kv_len=k.shape[2], dim=q.shape[3],
                        items=items)
     for name, value in numbers.items():
-        if name == "causal_offset":
-            problem.causal, problem.causal_offset = int(value is not None), int(value or 0)
-        else:
-            setattr(problem, name, value)
+        setattr(problem, name, value)
     if "kept" in tensors:
         problem.capacity, problem.value_dim = tensors["kept"].shape[3], tensors["v"].shape[3]
-    if key_mask is not None:
-        key_mask = key_mask.contiguous()
-        problem.shown, problem.shown_batch = key_mask.data_ptr(), key_mask.stride(0) if len(key_mask) > 1 else 0
+    alive = _describe(problem, masks, bias, q.shape[2], k.shape[2])
     for name, x in tensors.items():
         if name in ("q", "k", "v", "out"):
             setattr(problem, name, _Tensor(x.data_ptr(), *x.stride()[:3]))
@@ -126,6 +145,39 @@ def _run(function: str, items: int, tensors: dict[str, Tensor], numbers: dict[st
     entry(ctypes.byref(problem))
     for other in others:
         other.result()
+    del alive
+
+
+def _describe(problem: _Problem, masks: Masks, bias: Tensor | None, q_len: int, kv_len: int) -> list[Tensor]:
+    """Write the masks into the problem; returns the tensors that it points to."""
+    problem.plain = int(masks.is_plain)
+    problem.causal, problem.causal_offset = int(masks.causal_offset is not None), masks.causal_offset or 0
+    problem.windowed, problem.window = int(masks.window is not None), masks.window or 0
+    problem.softcap = masks.softcap
+    rows = {"shown": masks.key_mask}
+    if not masks.is_plain:
+        rows["kinds"] = block_kinds(masks, q_len, kv_len, torch.device("cpu"))
+        rows["query_documents"], rows["key_documents"] = (
+            None if ids is None else ids.long() for ids in (masks.query_documents, masks.key_documents))
+    alive = []
+    for name, tensor in rows.items():
+        if tensor is not None:
+            alive.append(tensor.contiguous())
+            setattr(problem, name, _Rows(alive[-1].data_ptr(), _stride(alive[-1], 0)))
+    for name, tensor in (("mask", masks.attn_mask), ("block_bias", bias)):
+        if tensor is not None:
+            alive.append(tensor.detach() if tensor.dtype in MASK_KINDS else tensor.detach().float())
+            setattr(problem, name, _Mask(alive[-1].data_ptr(), MASK_KINDS[alive[-1].dtype],
+                                         *(_stride(alive[-1], dim) for dim in range(4))))
+    if masks.sink_logits is not None:
+        alive.append(masks.sink_logits.detach().float().contiguous())
+        problem.sinks = alive[-1].data_ptr()
+    return alive
+
+
+def _stride(tensor: Tensor, dim: int) -> int:
+    """0 where one element serves all."""
+    return tensor.stride(dim) if tensor.shape[dim] > 1 else 0
 
 
 @functools.cache

@@ -1,13 +1,14 @@
 """References in plain torch, in the dtype they are given: float64 inputs give the truth that tests measure against.
 
 Slow and memory-hungry on purpose: every step is written as its definition reads. Shapes as in `sparsify.ops`:
-q [B, H, q_len, D], k [B, Hkv, kv_len, D], v [B, Hkv, kv_len, Dv], key_mask bool [B or 1, kv_len].
+q [B, H, q_len, D], k [B, Hkv, kv_len, D], v [B, Hkv, kv_len, Dv]; `**masks` are the fields of `Masks` by name.
 
 Source: split summaries and the rule on row peaks are this project's own (ARCHITECTURE.md, "selection"); the second
 cumulant with freezing is the random-energy estimate of a mean of exponentials (Derrida 1981).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,40 +19,36 @@ from sparsify.kernels.blocks import (
     KeptLists,
     SplitSummaries,
     allowed_blocks,
-    boundary_blocks,
+    block_bias,
     count_blocks,
+    cut_blocks,
 )
+from sparsify.kernels.masks import Masks
 from sparsify.kernels.rule import choose_blocks
 
 
-def visible(q_len: int, kv_len: int, causal_offset: int | None, key_mask: Tensor | None,
-            device: torch.device) -> Tensor:
-    """Which query may see which key: bool [B or 1, 1, q_len, kv_len]."""
-    keys = torch.arange(kv_len, device=device)
-    seen = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=device)
-    if causal_offset is not None:
-        seen = seen & (keys <= torch.arange(q_len, device=device)[:, None] + causal_offset)
-    if key_mask is not None:
-        seen = seen & key_mask[:, None, None]
-    return seen
+def visible(q_len: int, kv_len: int, causal_offset: int | None, key_mask: Tensor | None, device: torch.device,
+            **masks: Any) -> Tensor:
+    """Which query may see which key: bool [B or 1, H or 1, q_len, kv_len]; a bias is left aside."""
+    seen = Masks(causal_offset, key_mask=key_mask, **masks).visible(q_len, kv_len, device)
+    all_of_it = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=device)
+    return all_of_it if seen is None else all_of_it & seen
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal_offset: int | None = None,
-              key_mask: Tensor | None = None, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the visible keys of the kept blocks.
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, kept: Tensor | None = None,
+              **masks: Any) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the visible keys of the kept blocks; `masks` are fields of `Masks`.
 
     `kept` is bool [B, H, query blocks, key blocks], None for all. Returns out [B, H, q_len, Dv] and the natural log of
-    every row's sum [B, H, q_len]. A row that sees no key gives zeros and -inf.
+    every row's sum [B, H, q_len], sink included. A row that sees no key gives zeros and, without a sink, -inf.
     """
-    seen = visible(q.shape[2], k.shape[2], causal_offset, key_mask, q.device)
+    group = q.shape[1] // k.shape[1]
+    scores = Masks(**masks).scores(q @ k.repeat_interleave(group, 1).transpose(-1, -2), scale)
     if kept is not None:
         rows = kept.repeat_interleave(QUERY_BLOCK, 2)[:, :, : q.shape[2]]
-        seen = seen & rows.repeat_interleave(KEY_BLOCK, 3)[..., : k.shape[2]]
-    group = q.shape[1] // k.shape[1]
-    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * scale
-    scores = scores.masked_fill(~seen, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse[..., None]).masked_fill(~seen, 0.0)
+        scores = scores.masked_fill(~rows.repeat_interleave(KEY_BLOCK, 3)[..., : k.shape[2]], -torch.inf)
+    lse = _with_sinks(scores.logsumexp(-1), masks.get("sink_logits"))
+    weights = torch.exp(scores - lse[..., None]).masked_fill(scores == -torch.inf, 0.0).to(v.dtype)
     return weights @ v.repeat_interleave(group, 1), lse
 
 
@@ -95,8 +92,12 @@ def frozen_log_mean_exp(variance: Tensor, log_count: Tensor) -> Tensor:
                        (2 * log_count * variance).clamp(min=0).sqrt() - log_count)
 
 
-def block_scores(q: Tensor, summaries: SplitSummaries, scale: float) -> Tensor:
-    """Estimated log mass of every key block for every row, causality aside: [B, H, q_len, key blocks]."""
+def block_scores(q: Tensor, summaries: SplitSummaries, scale: float, softcap: float = 0.0) -> Tensor:
+    """Estimated log mass of every key block for every row, masks and bias aside: [B, H, q_len, key blocks].
+
+    The soft cap is put on a single's score, and on the log mean exp of the rest.
+    """
+    cap = Masks(softcap=softcap).cap
     group = q.shape[1] // summaries.mean.shape[1]
     q = q * scale
     singles, mean, variance = (x.repeat_interleave(group, 1).to(q.dtype)
@@ -104,34 +105,34 @@ def block_scores(q: Tensor, summaries: SplitSummaries, scale: float) -> Tensor:
     m = singles.shape[2]
     single = torch.einsum("bhqd,bhmnd->bhqnm", q, singles)
     real = torch.arange(m, device=q.device) < summaries.single_count[..., None]  # [Bm, blocks, m]
-    single = single.masked_fill(~real[:, None, None], -torch.inf).logsumexp(-1)
+    single = cap(single).masked_fill(~real[:, None, None], -torch.inf).logsumexp(-1)
     log_count = summaries.rest_count.to(q.dtype).log()[:, None, None]  # -inf where there is no rest
     spread = q.square() @ variance.transpose(-1, -2)
-    rest = q @ mean.transpose(-1, -2) + log_count + frozen_log_mean_exp(spread, log_count.clamp(min=0))
-    return torch.logaddexp(single, rest)
+    rest = cap(q @ mean.transpose(-1, -2) + frozen_log_mean_exp(spread, log_count.clamp(min=0)))
+    return torch.logaddexp(single, rest + log_count)
 
 
-def estimated_shares(q: Tensor, k: Tensor, *, singles: int, scale: float, causal_offset: int | None = None,
-                     key_mask: Tensor | None = None) -> Tensor:
-    """Every row's estimated share of attention per key block, boundary blocks exact: [B, H, q_len, key blocks]."""
+def estimated_shares(q: Tensor, k: Tensor, *, singles: int, scale: float, **masks: Any) -> Tensor:
+    """Every row's estimated share of attention per key block, cut blocks exact: [B, H, q_len, key blocks]."""
+    return estimate_shares(q, k, summarise_keys(k, singles, masks.get("key_mask")), scale, Masks(**masks))
+
+
+def estimate_shares(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float, masks: Masks) -> Tensor:
+    """`estimated_shares` from summaries of k."""
     q_len, kv_len = q.shape[2], k.shape[2]
-    mass = block_scores(q, summarise_keys(k, singles, key_mask), scale)
-    exact = _exact_block_mass(q, k, scale, causal_offset, key_mask)
-    boundary = boundary_blocks(q_len, kv_len, causal_offset, q.device)
-    boundary = boundary.repeat_interleave(QUERY_BLOCK, 0)[:q_len]
-    mass = torch.where(boundary, exact, mass)
-    allowed = allowed_blocks(q_len, kv_len, causal_offset, key_mask, q.device)
-    allowed = allowed.repeat_interleave(QUERY_BLOCK, 1)[:, None, :q_len]
-    mass = mass.masked_fill(~allowed, -torch.inf)
-    total = mass.logsumexp(-1, keepdim=True)
-    return torch.exp(mass - total).nan_to_num(0.0)  # a row that sees nothing: -inf - -inf
+    mass = block_scores(q, summaries, scale, masks.softcap)
+    bias = block_bias(masks, kv_len, q.dtype)
+    if bias is not None:
+        mass = mass + bias
+    cut, allowed = (blocks(masks, q_len, kv_len, q.device).repeat_interleave(QUERY_BLOCK, 1)[:, None, :q_len]
+                    for blocks in (cut_blocks, allowed_blocks))
+    mass = torch.where(cut, _exact_block_mass(q, k, scale, masks), mass).masked_fill(~allowed, -torch.inf)
+    return _shares(mass, masks)
 
 
-def true_shares(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None = None,
-                key_mask: Tensor | None = None) -> Tensor:
+def true_shares(q: Tensor, k: Tensor, *, scale: float, **masks: Any) -> Tensor:
     """Every row's true share of attention per key block: [B, H, q_len, key blocks]."""
-    mass = _exact_block_mass(q, k, scale, causal_offset, key_mask)
-    return torch.exp(mass - mass.logsumexp(-1, keepdim=True)).nan_to_num(0.0)
+    return _shares(_exact_block_mass(q, k, scale, Masks(**masks)), Masks(**masks))
 
 
 def peaks(shares: Tensor) -> Tensor:
@@ -143,20 +144,25 @@ def peaks(shares: Tensor) -> Tensor:
 
 
 def select_blocks(q: Tensor, k: Tensor, *, scale: float, tolerance: float, max_density: float, sinks: int, local: int,
-                  singles: int, causal_offset: int | None = None, key_mask: Tensor | None = None) -> KeptLists:
+                  singles: int, **masks: Any) -> KeptLists:
     """Selection by its definition: estimated shares, peaks, the rule, lists."""
-    shares = estimated_shares(q, k, singles=singles, scale=scale, causal_offset=causal_offset, key_mask=key_mask)
+    shares = estimated_shares(q, k, singles=singles, scale=scale, **masks)
     return choose_blocks(peaks(shares), q_len=q.shape[2], kv_len=k.shape[2], tolerance=tolerance,
-                         max_density=max_density, sinks=sinks, local=local, causal_offset=causal_offset,
-                         key_mask=key_mask)
+                         max_density=max_density, sinks=sinks, local=local, masks=Masks(**masks))
 
 
-def _exact_block_mass(q: Tensor, k: Tensor, scale: float, causal_offset: int | None,
-                      key_mask: Tensor | None) -> Tensor:
+def _exact_block_mass(q: Tensor, k: Tensor, scale: float, masks: Masks) -> Tensor:
     group = q.shape[1] // k.shape[1]
-    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * scale
-    seen = visible(q.shape[2], k.shape[2], causal_offset, key_mask, q.device)
-    scores = scores.masked_fill(~seen, -torch.inf)
+    scores = masks.scores(q @ k.repeat_interleave(group, 1).transpose(-1, -2), scale)
     pad = count_blocks(k.shape[2], KEY_BLOCK) * KEY_BLOCK - k.shape[2]
     scores = torch.nn.functional.pad(scores, (0, pad), value=-math.inf)
     return scores.unflatten(-1, (-1, KEY_BLOCK)).logsumexp(-1)
+
+
+def _shares(mass: Tensor, masks: Masks) -> Tensor:
+    total = _with_sinks(mass.logsumexp(-1), masks.sink_logits)[..., None]
+    return torch.exp(mass - total).nan_to_num(0.0)  # a row that sees nothing: -inf - -inf
+
+
+def _with_sinks(lse: Tensor, sink_logits: Tensor | None) -> Tensor:
+    return lse if sink_logits is None else torch.logaddexp(lse, sink_logits.to(lse.dtype)[:, None])

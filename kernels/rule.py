@@ -1,7 +1,7 @@
 """The rule of selection: from peaks to kept lists, in plain torch. The CPU path runs it; tests hold the GPU's to it.
 
     peaks      [B, H, query blocks, key blocks]: largest share that any row of a query block gives a key block
-    key_mask   bool [B or 1, kv_len] or None
+    masks      see kernels/masks.py; what they hide is not allowed, and the causal edge is always kept
     tolerance  a block is kept where its peak reaches it; `max_density`, `sinks`, `local` as in `sparsify.Budget`
 
 Source: absolute tolerance on row peaks, this project's own (ARCHITECTURE.md, "Peaks under one absolute tolerance").
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.blocks import TILE, KeptLists, allowed_blocks, boundary_blocks, capacity, forced_blocks
+from sparsify.kernels.masks import Masks
 
 
 def choose_blocks(peaks: Tensor, *, q_len: int, kv_len: int, tolerance: float, max_density: float, sinks: int,
-                  local: int, causal_offset: int | None, key_mask: Tensor | None) -> KeptLists:
+                  local: int, masks: Masks) -> KeptLists:
     """From peaks to kept lists: the rule, then lists."""
     kept = keep(peaks, q_len=q_len, kv_len=kv_len, tolerance=tolerance, max_density=max_density, sinks=sinks,
-                local=local, causal_offset=causal_offset, key_mask=key_mask)
-    return pack(kept, peaks, allowed_blocks(q_len, kv_len, causal_offset, key_mask, peaks.device))
+                local=local, masks=masks)
+    return pack(kept, peaks, allowed_blocks(masks, q_len, kv_len, peaks.device))
 
 
 def keep(peaks: Tensor, *, q_len: int, kv_len: int, tolerance: float, max_density: float, sinks: int, local: int,
-         causal_offset: int | None = None, key_mask: Tensor | None = None) -> Tensor:
+         masks: Masks) -> Tensor:
     """The rule: bool, shaped as `peaks`. Before lists are evened out."""
-    allowed = allowed_blocks(q_len, kv_len, causal_offset, key_mask, peaks.device)
-    boundary = boundary_blocks(q_len, kv_len, causal_offset, peaks.device)
+    allowed = allowed_blocks(masks, q_len, kv_len, peaks.device)
+    boundary = boundary_blocks(q_len, kv_len, masks.causal_offset, peaks.device)
     forced = forced_blocks(allowed, boundary, sinks, local)[:, None]
     allowed = allowed[:, None].expand_as(peaks)
     kept = allowed & (forced | (peaks >= tolerance))
@@ -55,6 +56,19 @@ def pack(kept: Tensor, peaks: Tensor, allowed: Tensor) -> KeptLists:
         lists[short, count[short] + extra] = blocks + extra
     shape = kept.shape[:-1]
     return KeptLists(lists.view(*shape, capacity(blocks)), (count + padding).int().view(shape))
+
+
+def every_block(allowed: Tensor, batch: int, heads: int) -> KeptLists:
+    """Lists of all `allowed` blocks (bool [B or 1, query blocks, key blocks]), made without waiting for the device."""
+    blocks = allowed.shape[-1]
+    entry = torch.arange(capacity(blocks), device=allowed.device)
+    ids = torch.where(allowed, entry[:blocks], blocks).sort(-1).values
+    ids = torch.nn.functional.pad(ids, (0, capacity(blocks) - blocks))
+    count = allowed.sum(-1, keepdim=True)
+    even = (count + count % TILE).clamp(min=TILE)
+    lists = torch.where(entry < count, ids, torch.where(entry < even, blocks + entry - count, 0)).int()
+    return KeptLists(lists[:, None].expand(batch, heads, -1, -1).contiguous(),
+                     even[:, None, :, 0].int().expand(batch, heads, -1).contiguous())
 
 
 def unpack(lists: KeptLists, key_blocks: int) -> Tensor:

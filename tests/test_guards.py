@@ -164,9 +164,9 @@ def _sparse_reference(model, inputs, budget):
     q, k, v = model.queries_keys_values(inputs[0])
     masks = {"scale": 8**-0.5, "causal_offset": 0 if model.causal else None,
              "key_mask": inputs[1] if len(inputs) > 1 else None}
-    lists = ops.select_blocks(q, k, masks["scale"], masks["causal_offset"], masks["key_mask"],
-                                       budget.tolerance, budget.max_density, budget.sinks, budget.local,
-                                       budget.singles)
+    lists = ops.select_blocks(q, k, masks["scale"], masks["causal_offset"], None, masks["key_mask"], None, None, None,
+                              0.0, None, budget.tolerance, budget.max_density, budget.sinks, budget.local,
+                              budget.singles)
     blocks = (k.shape[2] + 63) // 64
     kept = rule.unpack(oracle.KeptLists(*lists), blocks)
     out, _ = oracle.attention(q.double(), k.double(), v.double(), kept=kept, **masks)

@@ -23,6 +23,7 @@ from benchmarks.figures import Figure, record
 from sparsify import ops
 from sparsify.kernels import oracle, rule
 from sparsify.kernels.blocks import allowed_blocks
+from sparsify.kernels.masks import Masks
 from sparsify.measurement import device_name, encode
 from sparsify.models.loading import load_model
 
@@ -46,6 +47,11 @@ def sub_block_shares(q: Tensor, k: Tensor, scale: float) -> Tensor:
 ESTIMATORS: dict[str, Shares] = {f"split-{SINGLES}": split_shares, f"sub{SUB_BLOCK}": sub_block_shares}
 
 
+def causal(scale: float) -> tuple:
+    """From `scale` on, as the ops take them by position."""
+    return scale, 0, None, None, None, None, None, 0.0, None
+
+
 class SparseAttention:
     """An attention function for transformers: dense until it is given an estimator and a tolerance."""
 
@@ -58,15 +64,15 @@ class SparseAttention:
                  scaling: float, **kwargs: object) -> tuple[Tensor, None]:
         length = q.shape[2]
         if self.shares is None:
-            return ops.exact_attention(q, k, v, scaling, 0, None, ops.VERSION).transpose(1, 2), None
+            return ops.exact_attention(q, k, v, *causal(scaling), ops.VERSION).transpose(1, 2), None
         peaks = oracle.peaks(self.shares(q, k, scaling))
         kept = rule.keep(peaks, q_len=length, kv_len=length, tolerance=self.tolerance, max_density=1.0, sinks=1,
-                           local=1, causal_offset=0)
-        allowed = allowed_blocks(length, length, 0, None, q.device)
+                           local=1, masks=Masks(0))
+        allowed = allowed_blocks(Masks(0), length, length, q.device)
         self.kept += int(kept.sum())
         self.allowed += int(allowed.sum()) * q.shape[1]
         lists = rule.pack(kept, peaks, allowed)
-        return ops.block_sparse_attention(q, k, v, *lists, scaling, 0, None)[0].transpose(1, 2), None
+        return ops.block_sparse_attention(q, k, v, *lists, *causal(scaling))[0].transpose(1, 2), None
 
 
 def compare(model: torch.nn.Module, attention: SparseAttention, ids: Tensor, density: float,

@@ -9,9 +9,21 @@ Each is a `torch.library` op (`torch.ops.sparsify.*`) with a fake, a CPU and a C
 synchronisation on CUDA. They have no autograd formula yet: under grad mode the pass leaves attention as it was.
 
 Shapes, in all of them: q [B, H, q_len, D], k [B, Hkv, kv_len, D], v [B, Hkv, kv_len, Dv], any strides, H a multiple of
-Hkv; query head h reads KV head h // (H // Hkv). Masks are two arguments: `causal_offset` (key j is visible to query i
-when j <= i + causal_offset; kv_len - q_len is bottom-right alignment; None: no causality) and `key_mask` (bool
-[B or 1, kv_len], True where a key may be attended). A row that sees no key gives zeros. `scale` multiplies q k^T.
+Hkv; query head h reads KV head h // (H // Hkv). `scale` multiplies q k^T. Behind it come, in this order:
+
+    causal_offset    key j is visible to query i only if j <= i + causal_offset (kv_len - q_len is bottom-right
+                     alignment); None: no causality
+    window           and only if j > i + causal_offset - window; needs causal_offset. |i - j| <= w is causal_offset = w,
+                     window = 2 * w + 1
+    key_mask         bool [B or 1, kv_len], True where a key may be attended
+    query_documents  int32 or int64 [B or 1, q_len], and
+    key_documents    [B or 1, kv_len]: visible only if the ids are equal
+    attn_mask        [B or 1, H or 1, q_len or 1, kv_len or 1], any strides; bool: True is visible; floating: added to
+                     the scaled, capped scores, -inf hides
+    softcap          0.0: none; else scores become softcap * tanh(scores / softcap)
+    sink_logits      floating [H]: one logit per query head that takes part in the softmax and carries no value
+
+All masks hold together. A row that sees no key gives zeros, with sink logits too.
 """
 
 from sparsify.ops.attend import adaptive_attention, block_sparse_attention, exact_attention

@@ -29,8 +29,8 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     natural log of every row's sum (-inf for a row that sees no key). Raises ShapeError, DeviceError.
     Source: online softmax over blocks as in FlashAttention (arXiv 2205.14135).
     """
-    masks = Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits)
-    check_inputs(q, k, v, masks)
+    masks = check_inputs(q, k, v, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
+                                        softcap, sink_logits))
     rows, room = count_blocks(q.shape[2], QUERY_BLOCK), capacity(count_blocks(k.shape[2], KEY_BLOCK))
     lists = (q.shape[0], q.shape[1], rows)
     if tuple(counts.shape) != lists or tuple(kept.shape) != (*lists, room):
@@ -59,17 +59,16 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
     `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls. Returns out
     [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError.
     """
-    masks = Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits)
-    check_inputs(q, k, v, masks)
+    masks = check_inputs(q, k, v, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
+                                        softcap, sink_logits))
     check_tolerance(tolerance)
-    if not masks.is_plain or not selection_pays(q, k, v, causal_offset):
+    if not selection_pays(q, k, v, causal_offset):
         if counters.is_counting():
             counters.record_all(site)
         return _exact(q, k, v, scale, masks)
     kept, counts = keep_lists(q, k, scale, masks, tolerance, max_density, sinks, local, singles)
     if counters.is_counting():
-        allowed = allowed_blocks(q.shape[2], k.shape[2], causal_offset, key_mask, q.device)
-        counters.record(site, counts, allowed)
+        counters.record(site, counts, allowed_blocks(masks, q.shape[2], k.shape[2], q.device))
     return _attend_lists(q, k, v, kept, counts, scale, masks)[0]
 
 
@@ -88,8 +87,8 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset
     Shapes and masks as in `sparsify.ops`; `version` as in `adaptive_attention`. Returns out [B, H, q_len, Dv] in the
     dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError, OptionError.
     """
-    masks = Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits)
-    check_inputs(q, k, v, masks)
+    masks = check_inputs(q, k, v, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
+                                        softcap, sink_logits))
     return _exact(q, k, v, scale, masks)
 
 
@@ -140,14 +139,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tensor
 
 def _attend_lists(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, scale: float,
                   masks: Masks) -> tuple[Tensor, Tensor]:
-    plain = {"causal_offset": masks.causal_offset, "key_mask": masks.key_mask}
     if not q.is_cuda:
         cpu = gather if native.why_not(q) else native
-        return cpu.block_sparse_attention(q, k, v, kept, counts, scale=scale, **plain)
+        return cpu.block_sparse_attention(q, k, v, kept, counts, scale=scale, masks=masks)
     from sparsify.kernels import attend, hopper  # Triton: imported when a CUDA op runs, not before
 
-    kernel = attend if hopper.why_not(q, k, v, masks.causal_offset, masks.key_mask) else hopper
-    return kernel.block_sparse_attention(q, k, v, kept, counts, scale=scale, **plain)
+    kernel = attend if hopper.why_not(q, k, v, masks) else hopper
+    return kernel.block_sparse_attention(q, k, v, kept, counts, scale=scale, masks=masks)
 
 
 def _empty_out(q: Tensor, v: Tensor) -> Tensor:

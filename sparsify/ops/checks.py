@@ -1,6 +1,7 @@
 """Checks that the ops make of what they are handed; each raises an error that names argument, value and way out."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,8 +10,11 @@ from sparsify.errors import DeviceError, OptionError, ShapeError
 from sparsify.kernels.masks import Masks
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor | None, masks: Masks) -> None:
-    """q, k, v and masks fit together (shapes as in `sparsify.ops`). Raises ShapeError, DeviceError, OptionError."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor | None, masks: Masks) -> Masks:
+    """q, k, v and masks fit together (shapes as in `sparsify.ops`). Raises ShapeError, DeviceError, OptionError.
+
+    Returns the masks, an expanded attn_mask as the smaller tensor that it repeats.
+    """
     tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
     for name, x in tensors.items():
         if x.dim() != 4:
@@ -31,6 +35,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor | None, masks: Masks) -> None:
     if v is not None and v.shape[1:3] != k.shape[1:3]:
         raise ShapeError(f"v has shape {list(v.shape)} and k has {list(k.shape)}. Heads and length must be equal.")
     _check_masks(masks, q, k)
+    mask = masks.attn_mask
+    if mask is None or all(mask.stride()):
+        return masks
+    return replace(masks, attn_mask=mask[tuple(slice(None) if stride else slice(1) for stride in mask.stride())])
 
 
 def _check_masks(masks: Masks, q: Tensor, k: Tensor) -> None:

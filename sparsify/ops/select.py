@@ -23,8 +23,8 @@ def select_blocks(q: Tensor, k: Tensor, scale: float, causal_offset: int | None,
     Returns kept int32 [B, H, query blocks, capacity] and counts int32 [B, H, query blocks], see `KeptLists`.
     Raises ShapeError, DeviceError, OptionError. Source: kernels/oracle.py defines the peaks, kernels/rule.py the rule.
     """
-    masks = Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits)
-    check_inputs(q, k, None, masks)
+    masks = check_inputs(q, k, None, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
+                                           softcap, sink_logits))
     check_tolerance(tolerance)
     return keep_lists(q, k, scale, masks, tolerance, max_density, sinks, local, singles)
 
@@ -41,12 +41,11 @@ def _(q, k, scale, causal_offset, window, key_mask, query_documents, key_documen
 def keep_lists(q: Tensor, k: Tensor, scale: float, masks: Masks, tolerance: float, max_density: float, sinks: int,
                local: int, singles: int) -> tuple[Tensor, Tensor]:
     """Select on the device of q, for the ops that need lists; the arguments are those of `select_blocks`."""
-    plain: dict[str, Any] = {"causal_offset": masks.causal_offset, "key_mask": masks.key_mask}
     budget: dict[str, Any] = {"tolerance": tolerance, "max_density": max_density, "sinks": sinks, "local": local}
     if q.is_cuda:
         from sparsify.kernels import select  # Triton: imported when a CUDA op runs, not before
 
-        return select.select_blocks(q, k, scale=scale, singles=singles, **plain, **budget)
+        return select.select_blocks(q, k, scale=scale, singles=singles, masks=masks, **budget)
     estimator = estimate if native.why_not(q) else native
-    peaks = estimator.estimated_peaks(q, k, scale=scale, singles=singles, **plain)
-    return rule.choose_blocks(peaks, q_len=q.shape[2], kv_len=k.shape[2], **plain, **budget)
+    peaks = estimator.estimated_peaks(q, k, scale=scale, singles=singles, masks=masks)
+    return rule.choose_blocks(peaks, q_len=q.shape[2], kv_len=k.shape[2], masks=masks, **budget)

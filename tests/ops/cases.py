@@ -1,11 +1,13 @@
 """Random attention inputs of the op tests."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.kernels import oracle
+from sparsify.kernels.masks import Masks
 from tests.numerics import attention_units
 
 # (q_len, kv_len, causal_offset, padding): odd on purpose.
@@ -22,17 +24,34 @@ MASKS = [
 ]
 
 
+# The same, and what else the scores may meet; a number is a window.
+EXTRAS = [
+    (300, 300, 0, None, (100,)),
+    (300, 500, 200, "left", (65, "sinks")),  # ends within a block on either side
+    (300, 300, 60, None, (121, "cap")),  # symmetric: 60 keys to either side
+    (200, 260, -60, None, (1,)),  # one key a row, or none
+    (300, 500, None, "holes", ("documents",)),
+    (300, 300, 0, None, ("documents", "cap", "sinks")),
+    (129, 321, 63, "right", ("bias",)),
+    (200, 200, None, None, ("alibi",)),
+    (200, 333, None, "holes", ("bool",)),
+    (257, 448, 191, "all", ("cap", "sinks")),
+    (1, 65, 64, None, (30, "documents", "bias", "cap", "sinks")),
+    (300, 200, -100, "left", (150, "documents", "bool", "cap", "sinks")),
+]
+
+
 @dataclass(frozen=True)
 class Case:
     q: Tensor
     k: Tensor
     v: Tensor
-    causal_offset: int | None
-    key_mask: Tensor | None
+    masks: Masks
 
     @classmethod
     def random(cls, rng: torch.Generator, device: torch.device, q_len: int, kv_len: int, causal_offset: int | None,
-               padding: str | None, head_dims: tuple[int, int] = (64, 64), strided: bool = True) -> "Case":
+               padding: str | None, extras: tuple[int | str, ...] = (), head_dims: tuple[int, int] = (64, 64),
+               strided: bool = True) -> "Case":
         """Batch 2, 4 query heads on 2 KV heads; strided: [batch, length, heads, dim] in memory."""
         def normal(length: int, heads: int, dim: int) -> Tensor:
             x = torch.randn(2, length, heads, dim, generator=rng, device=device).transpose(1, 2)
@@ -49,9 +68,10 @@ class Case:
                 key_mask[0] = False
             else:
                 key_mask &= torch.rand(2, kv_len, generator=rng, device=device) > 0.3
+        masks = Masks(causal_offset, key_mask=key_mask, **_draw_extras(rng, device, q_len, kv_len, extras))
         # Peaked like trained attention: with unit queries every block would carry the same share.
         return cls(normal(q_len, 4, head_dims[0]) * 3, normal(kv_len, 2, head_dims[0]), normal(kv_len, 2, head_dims[1]),
-                   causal_offset, key_mask)
+                   masks)
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,18 +82,25 @@ class Case:
         return self.q.shape[3] ** -0.5
 
     @property
-    def masks(self) -> dict:
-        return {"scale": self.scale, "causal_offset": self.causal_offset, "key_mask": self.key_mask}
+    def sizes(self) -> dict[str, int]:
+        return {"q_len": self.q.shape[2], "kv_len": self.k.shape[2]}
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """From `scale` on, as the oracle takes them."""
+        return {"scale": self.scale, **{field.name: getattr(self.masks, field.name) for field in fields(Masks)}}
 
     @property
     def arguments(self) -> tuple:
-        """From `scale` on, as the ops take them by position."""
-        return self.scale, self.causal_offset, None, self.key_mask, None, None, None, 0.0, None
+        """The same, as the ops take them by position."""
+        return tuple(self.named.values())
 
     @property
     def units(self) -> float:
         """Rounding units of this attention."""
-        return attention_units(self.q, self.k, self.scale)
+        bias = self.masks.bias
+        largest = 0.0 if bias is None else float(bias[bias.isfinite()].abs().max())
+        return attention_units(self.q, self.k, self.scale) + largest
 
     def to(self, dtype: torch.dtype) -> "Case":
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
@@ -82,7 +109,41 @@ class Case:
         """The same rounded inputs, for the truth."""
         return self.to(torch.float64)
 
+    def but(self, **changed: Any) -> "Case":
+        """The same inputs under other masks."""
+        return replace(self, masks=replace(self.masks, **changed))
+
+
+def _draw_extras(rng: torch.Generator, device: torch.device, q_len: int, kv_len: int,
+                 extras: tuple[int | str, ...]) -> dict[str, Any]:
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=rng, device=device)
+
+    drawn: dict[str, Any] = {}
+    for extra in extras:
+        if isinstance(extra, int):
+            drawn["window"] = extra
+        elif extra == "documents":  # packed one behind the other; their ids ascend by steps of their own
+            drawn["query_documents"] = (uniform(2, q_len) > 0.98).cumsum(1) * 7
+            drawn["key_documents"] = (uniform(1, kv_len) > 0.98).cumsum(1).int() * 7
+        elif extra == "bias":  # some keys are hidden
+            bias = uniform(2, 4, q_len, kv_len) * 6 - 3
+            drawn["attn_mask"] = bias.masked_fill(uniform(2, 1, q_len, kv_len) > 0.8, -torch.inf)
+        elif extra == "alibi":  # one row for all, expanded, in a dtype of its own
+            slopes = torch.tensor([0.5, 0.125, 0.03125, 2.0], device=device)[:, None, None]
+            row = (slopes * torch.arange(-kv_len, 0, device=device)).bfloat16()
+            drawn["attn_mask"] = row.expand(1, 4, q_len, kv_len)
+        elif extra == "bool":  # keys last in memory, and blocks of keys that rows do not see at all
+            shown = (uniform(2, 1, kv_len, q_len) > 0.4).mT
+            shown[:, :, : q_len // 2, 64:128] = False
+            drawn["attn_mask"] = shown
+        elif extra == "cap":
+            drawn["softcap"] = 4.0
+        else:
+            drawn["sink_logits"] = uniform(4) * 6
+    return drawn
+
 
 def plain_attention(case: Case, kept: Tensor | None = None) -> Tensor:
     """What plain torch makes of it in the dtype of the case: the yardstick of the error."""
-    return oracle.attention(*case.qkv, **case.masks, kept=kept)[0]
+    return oracle.attention(*case.qkv, **case.named, kept=kept)[0].to(case.q.dtype)

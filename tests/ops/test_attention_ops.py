@@ -11,7 +11,7 @@ from sparsify.kernels import estimate, gather, native, oracle, rule
 from sparsify.kernels.blocks import KEY_BLOCK, KeptLists, allowed_blocks, count_blocks
 from sparsify.ops import attend
 from tests.numerics import assert_as_good_as_torch
-from tests.ops.cases import MASKS, Case, plain_attention
+from tests.ops.cases import EXTRAS, MASKS, Case, plain_attention
 
 BUDGET = {"max_density": 0.9, "sinks": 1, "local": 1, "singles": 6}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,7 +27,7 @@ def selection_always_pays(monkeypatch):
     monkeypatch.setattr(attend, "LAUNCH_SECONDS", 0.0)
 
 
-@pytest.fixture(params=MASKS, ids=str)
+@pytest.fixture(params=[*MASKS, *EXTRAS], ids=str)
 def case(request, rng, device) -> Case:
     """Odd sizes, grouped heads, strided views as models pass them, one mask of each kind."""
     return Case.random(rng, device, *request.param)
@@ -37,7 +37,7 @@ def case(request, rng, device) -> Case:
 def test_exact_attention_is_as_good_as_torch(case, dtype, poisoned_memory):
     case = case.to(dtype)
     out = ops.exact_attention(*case.qkv, *case.arguments, ops.VERSION)
-    exact, _ = oracle.attention(*case.double().qkv, **case.masks)
+    exact, _ = oracle.attention(*case.double().qkv, **case.named)
     assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
 
@@ -46,7 +46,7 @@ def test_tolerance_zero_drops_nothing(case, dtype, poisoned_memory):
     case = case.to(dtype)
     out = ops.adaptive_attention(*case.qkv, *case.arguments, 0.0, *BUDGET.values(), 0,
                                  ops.VERSION)
-    exact, _ = oracle.attention(*case.double().qkv, **case.masks)
+    exact, _ = oracle.attention(*case.double().qkv, **case.named)
     assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
 
@@ -57,7 +57,7 @@ def test_only_kept_blocks_are_attended(case, dtype, poisoned_memory):
                                          *BUDGET.values()))
     out, lse = ops.block_sparse_attention(*case.qkv, *lists, *case.arguments)
     kept = rule.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
-    exact, exact_lse = oracle.attention(*case.double().qkv, **case.masks, kept=kept)
+    exact, exact_lse = oracle.attention(*case.double().qkv, **case.named, kept=kept)
     assert_as_good_as_torch(out, plain_attention(case, kept), exact, case.units)
     sees = exact_lse.isfinite()
     assert torch.equal(lse.isfinite(), sees)
@@ -65,11 +65,25 @@ def test_only_kept_blocks_are_attended(case, dtype, poisoned_memory):
                                atol=2e-3 if dtype.itemsize == 2 else 1e-5)
 
 
-def test_a_wrong_offset_is_noticed(rng, device):
+@pytest.mark.parametrize(("extras", "changed"), [
+    ((), {"causal_offset": 1}),
+    ((100,), {"window": 99}),
+    (("documents",), {"query_documents": None, "key_documents": None}),
+    (("bias",), {"attn_mask": None}),
+    (("bool",), {"attn_mask": None}),
+    (("cap",), {"softcap": 0.0}),
+    (("cap",), {"softcap": 4.1}),
+    (("sinks",), {"sink_logits": None}),
+    (("sinks",), {"sink_logits": torch.zeros(4)}),
+], ids=str)
+@pytest.mark.parametrize("op", ["exact", "adaptive"])
+def test_a_wrong_mask_is_noticed(extras, changed, op, rng, device):
     """The twin of the tests above: they can fail."""
-    case = Case.random(rng, device, 200, 200, 0, None)
-    out = ops.exact_attention(*case.qkv, case.scale, 1, *case.arguments[2:], ops.VERSION)
-    exact, _ = oracle.attention(*case.double().qkv, **case.masks)
+    case = Case.random(rng, device, 200, 200, 0, None, extras)
+    changed = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in changed.items()}
+    budget = () if op == "exact" else (0.0, *BUDGET.values(), 0)
+    out = getattr(ops, f"{op}_attention")(*case.qkv, *case.but(**changed).arguments, *budget, ops.VERSION)
+    exact, _ = oracle.attention(*case.double().qkv, **case.named)
     with pytest.raises(AssertionError):
         assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
@@ -79,11 +93,11 @@ def test_selection_follows_the_rule(case, tolerance):
     lists = KeptLists(*ops.select_blocks(*case.qkv[:2], *case.arguments, tolerance,
                                          *BUDGET.values()))
     q, k, _ = case.double().qkv
-    peaks = oracle.peaks(oracle.estimated_shares(q, k, singles=6, **case.masks))
-    sizes = {"q_len": q.shape[2], "kv_len": k.shape[2], "causal_offset": case.causal_offset, "key_mask": case.key_mask}
+    peaks = oracle.peaks(oracle.estimated_shares(q, k, singles=6, **case.named))
+    sizes = {**case.sizes, "masks": case.masks}
     budget = {name: BUDGET[name] for name in ("sinks", "local")}
     kept = rule.unpack(lists, peaks.shape[3])
-    allowed = allowed_blocks(q.shape[2], k.shape[2], case.causal_offset, case.key_mask, q.device)[:, None]
+    allowed = allowed_blocks(case.masks, **case.sizes, device=q.device)[:, None]
     # float32 against float64: a peak may fall on the other side only within rounding of the tolerance.
     band = 1e-4
     surely = rule.keep(peaks, **sizes, **budget, tolerance=tolerance + band, max_density=1.0)
@@ -99,26 +113,26 @@ def test_selection_follows_the_rule(case, tolerance):
 @pytest.mark.parametrize("path", CPU_PATHS)
 def test_cpu_paths_agree_with_the_definition(path, rng, poisoned_memory):
     on_cpu = torch.Generator().manual_seed(rng.initial_seed())
-    for shape in MASKS:
+    for shape in [*MASKS, *EXTRAS]:
         case = Case.random(on_cpu, torch.device("cpu"), *shape)
-        peaks = (native if path is native else estimate).estimated_peaks(*case.qkv[:2], **case.masks, singles=6)
-        shares = oracle.estimated_shares(*case.double().qkv[:2], **case.masks, singles=6)
+        call = {"scale": case.scale, "masks": case.masks}
+        peaks = (native if path is native else estimate).estimated_peaks(*case.qkv[:2], **call, singles=6)
+        shares = oracle.estimated_shares(*case.double().qkv[:2], **case.named, singles=6)
         torch.testing.assert_close(peaks.double(), oracle.peaks(shares), rtol=0, atol=2e-5)
-        kept = rule.keep(peaks, q_len=case.q.shape[2], kv_len=case.k.shape[2], tolerance=0.1, max_density=0.9, sinks=1,
-                         local=1, causal_offset=case.causal_offset, key_mask=case.key_mask)
-        allowed = allowed_blocks(case.q.shape[2], case.k.shape[2], case.causal_offset, case.key_mask, kept.device)
-        lists = rule.pack(kept, peaks, allowed)
-        out, _ = path.block_sparse_attention(*case.qkv, *lists, **case.masks)
+        lists = rule.choose_blocks(peaks, **case.sizes, tolerance=0.1, max_density=0.9, sinks=1, local=1,
+                                   masks=case.masks)
+        out, lse = path.block_sparse_attention(*case.qkv, *lists, **call)
         kept = rule.unpack(lists, count_blocks(case.k.shape[2], KEY_BLOCK))
-        exact, _ = oracle.attention(*case.double().qkv, **case.masks, kept=kept)
+        exact, exact_lse = oracle.attention(*case.double().qkv, **case.named, kept=kept)
         assert_as_good_as_torch(out, plain_attention(case, kept), exact, case.units)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_dims", [(16, 16), (17, 19), (80, 80), (128, 64), (256, 256)], ids=str)
 def test_head_dims(head_dims, rng, device):
-    case = Case.random(rng, device, 130, 200, 70, None, head_dims=head_dims)
+    case = Case.random(rng, device, 130, 200, 70, None, (90, "cap", "sinks"), head_dims)
     out = ops.adaptive_attention(*case.qkv, *case.arguments, 0.0, *BUDGET.values(), 0, ops.VERSION)
-    exact, _ = oracle.attention(*case.double().qkv, **case.masks)
+    exact, _ = oracle.attention(*case.double().qkv, **case.named)
     assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
 
@@ -132,8 +146,9 @@ def test_nan_is_not_swallowed(rng, device):
 
 def test_library_registration(rng, device):
     """Fakes tell the truth about shapes, dtypes and strides; schemas hold (torch.library.opcheck)."""
-    for (q_len, kv_len, offset, padding), strided in itertools.product(MASKS[:4], (True, False)):
-        case = Case.random(rng, device, q_len, kv_len, offset, padding, strided=strided)
+    shapes = [*MASKS[:4], EXTRAS[-1]]
+    for shape, strided in itertools.product(shapes, (True, False)):
+        case = Case.random(rng, device, *shape, strided=strided)
         tail = case.arguments
         budget = (0.05, *BUDGET.values())
         torch.library.opcheck(ops.exact_attention, (*case.qkv, *tail, ops.VERSION))
@@ -156,7 +171,7 @@ def test_counters_count_only_when_asked(rng, device):
 
     lists = ops.select_blocks(*case.qkv[:2], *case.arguments, 0.3, *BUDGET.values())
     kept = rule.unpack(KeptLists(*lists), count_blocks(1000, KEY_BLOCK))
-    allowed = allowed_blocks(1000, 1000, 0, None, device).sum() * case.q.shape[0] * case.q.shape[1]
+    allowed = allowed_blocks(case.masks, 1000, 1000, device).sum() * case.q.shape[0] * case.q.shape[1]
     assert density == pytest.approx((kept.sum() / allowed).item())
     assert 0 < density < 1
 
