@@ -1,7 +1,8 @@
-"""Write expressions back as nodes: sizes, and the condition on keys that a mask proof ends in.
+"""Write expressions back as nodes: sizes, the condition on keys and the document ids that a mask proof ends in.
 
     size expression   s1 - s0                            ->  operator.sub(sym_size(x, 1), sym_size(y, 1))
     key condition     (mask(b, k) != 0) & (k < n)        ->  bool tensor [B or 1, S]
+    document ids      ids(b, q), k // 4                  ->  int64 tensors [B or 1, L], [B or 1, S]
 """
 
 from collections.abc import Mapping
@@ -12,10 +13,11 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Max, Min, PythonMod
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import OptimizedPythonReferenceAnalysis
 
-from sparsify.passes.graph import aten, emit, expression, is_tensor, same, shape
+from sparsify.passes.graph import aten, emit, expression, is_tensor, same, shape, value
 from sparsify.passes.reader import is_boolean
 from sparsify.passes.site import BATCH, HEAD, KEY, QUERY
 
@@ -25,58 +27,91 @@ RELATIONS: Mapping[type, tuple[Any, Any]] = {
     sympy.Eq: (aten.eq.Tensor, aten.eq.Scalar), sympy.Ne: (aten.ne.Tensor, aten.ne.Scalar),
 }
 CONNECTIVES: Mapping[type, Any] = {sympy.And: aten.logical_and.default, sympy.Or: aten.logical_or.default}
-ARITHMETIC: Mapping[type, Any] = {sympy.Add: aten.add.Tensor, sympy.Mul: aten.mul.Tensor}
+ARITHMETIC: Mapping[type, tuple[Any, Any]] = {
+    sympy.Add: (aten.add.Tensor, aten.add.Tensor), sympy.Mul: (aten.mul.Tensor, aten.mul.Tensor),
+    FloorDiv: (aten.floor_divide.default, None), PythonMod: (aten.remainder.Tensor, None),
+    sympy.Abs: (aten.abs.default, None),
+    sympy.Min: (aten.minimum.default, aten.clamp_max.default), Min: (aten.minimum.default, aten.clamp_max.default),
+    sympy.Max: (aten.maximum.default, aten.clamp_min.default), Max: (aten.maximum.default, aten.clamp_min.default),
+}
 
 
-def is_key_condition(condition: sympy.Basic, leaves: Mapping[str, fx.Node]) -> bool:
-    """Whether `key_mask` can write this condition: it speaks of keys and batch rows alone."""
+def is_condition_on(condition: Any, symbol: sympy.Symbol, leaves: Mapping[str, fx.Node]) -> bool:
+    """Whether this condition can be written as a tensor over batch rows and `symbol` (KEY or QUERY) alone."""
     if isinstance(condition, sympy.And | sympy.Or | sympy.Not):
-        return all(is_key_condition(part, leaves) for part in condition.args)
-    if not isinstance(condition, Relational) or not _speaks_of(condition, {BATCH, KEY}, leaves):
+        return all(is_condition_on(part, symbol, leaves) for part in condition.args)
+    if not isinstance(condition, Relational) or not _is_tensor(condition, symbol, leaves):
         return False
-    return all(_is_writable(side, leaves) for side in condition.args)
+    return is_writable(condition.lhs, symbol, leaves) and is_writable(condition.rhs, symbol, leaves)
 
 
-def _speaks_of(expr: sympy.Basic, symbols: set[sympy.Symbol], leaves: Mapping[str, fx.Node]) -> bool:
-    """Whether an expression has one of these symbols or a leaf: then it is a tensor."""
-    return bool(expr.free_symbols & symbols or expr.atoms(AppliedUndef)
-                or any(symbol.name in leaves for symbol in expr.free_symbols))
-
-
-def _is_writable(expr: sympy.Basic, leaves: Mapping[str, fx.Node]) -> bool:
-    if expr.free_symbols & {HEAD, QUERY} or is_boolean(expr) or expr == BATCH:
+def is_writable(expr: sympy.Expr, symbol: sympy.Symbol, leaves: Mapping[str, fx.Node]) -> bool:
+    """Whether this expression can be written as a tensor over batch rows and `symbol` (KEY or QUERY) alone, or as a
+    number."""
+    if expr.free_symbols & ({HEAD, QUERY, KEY} - {symbol}) or is_boolean(expr) or expr == BATCH:
         return False
-    if not _speaks_of(expr, {BATCH, KEY}, leaves) or isinstance(expr, sympy.Symbol):
+    if not _is_tensor(expr, symbol, leaves):
+        return not expr.is_number or isinstance(expr, sympy.Integer | sympy.Float)
+    if isinstance(expr, sympy.Symbol):
         return True
     if isinstance(expr, AppliedUndef):
-        if any(arg.atoms(AppliedUndef) for arg in expr.args):
-            return False
-        moving = [arg for arg in expr.args if arg.free_symbols & {BATCH, KEY}]
+        # A leaf is read at a batch row and a position; a position that is read from a leaf, or depends on the row,
+        # would need a gather.
+        moving = [arg for arg in expr.args if _is_tensor(arg, symbol, leaves)]
         rows = [arg for arg in moving if arg == BATCH]
-        keys = [arg for arg in moving if BATCH not in arg.free_symbols and KEY not in (arg - KEY).free_symbols]
-        return moving == [*rows, *keys] and len(rows) <= 1 and len(keys) <= 1
-    return isinstance(expr, sympy.Add | sympy.Mul) and all(_is_writable(arg, leaves) for arg in expr.args)
+        positions = [arg for arg in moving if _is_position(arg, symbol, leaves)]
+        return moving == [*rows, *positions] and len(rows) <= 1 and len(positions) <= 1
+    return isinstance(expr, tuple(ARITHMETIC)) and all(is_writable(arg, symbol, leaves) for arg in expr.args)
+
+
+def _is_position(expr: sympy.Expr, symbol: sympy.Symbol, leaves: Mapping[str, fx.Node]) -> bool:
+    free = expr.free_symbols
+    return (symbol in free and BATCH not in free and not expr.atoms(AppliedUndef)
+            and not any(x.name in leaves for x in free) and is_writable(expr, symbol, leaves))
+
+
+def _is_tensor(expr: sympy.Basic, symbol: sympy.Symbol, leaves: Mapping[str, fx.Node]) -> bool:
+    """Whether an expression has the symbol, a batch row or a leaf."""
+    return bool(expr.free_symbols & {BATCH, symbol} or expr.atoms(AppliedUndef)
+                or any(x.name in leaves for x in expr.free_symbols))
 
 
 def key_mask(condition: sympy.Basic, leaves: Mapping[str, fx.Node], kv_len: Any, at: fx.Node) -> fx.Node:
-    """The condition as a bool tensor [B or 1, kv_len], built before `at`."""
-    device = next(n.meta["val"].device for n in at.all_input_nodes if is_tensor(n))
-    writer = _Writer(leaves, expression(kv_len), device, at)
+    """The condition on keys as a bool tensor [B or 1, kv_len], built before `at`."""
     with at.graph.inserting_before(at):
-        mask = writer.condition(condition)
-        for _ in range(2 - len(shape(mask))):
-            mask = emit(at.graph, aten.unsqueeze.default, mask, 0)
-        if not same(shape(mask)[1], kv_len):
-            mask = emit(at.graph, aten.expand.default, mask, [-1, writer.kv_len])
-    return mask
+        writer = _Writer(leaves, KEY, kv_len, at)
+        return writer.rows(writer.condition(condition))
+
+
+def documents(ids: tuple[sympy.Expr, sympy.Expr], leaves: Mapping[str, fx.Node], lengths: tuple[Any, Any],
+              at: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The ids of queries and keys as int64 tensors [B or 1, q_len] and [B or 1, kv_len], built before `at`."""
+    with at.graph.inserting_before(at):
+        written = []
+        for expr, symbol, length in zip(ids, (QUERY, KEY), lengths, strict=True):
+            writer = _Writer(leaves, symbol, length, at)
+            tensor = writer.rows(writer.tensor(expr))
+            if value(tensor).dtype != torch.int64:
+                tensor = emit(at.graph, aten.to.dtype, tensor, torch.int64)
+            written.append(tensor)
+    return written[0], written[1]
 
 
 class _Writer:
-    """Writes one condition at one place of a graph."""
+    """Writes expressions over one index at one place of a graph, as tensors that broadcast to [B, length]."""
 
-    def __init__(self, leaves: Mapping[str, fx.Node], kv_len: sympy.Expr, device: torch.device, at: fx.Node) -> None:
-        self.leaves, self.device, self.at, self.graph = leaves, device, at, at.graph
-        self.kv_len_expr, self.kv_len = kv_len, size_node(kv_len, at)
+    def __init__(self, leaves: Mapping[str, fx.Node], symbol: sympy.Symbol, length: Any, at: fx.Node) -> None:
+        self.leaves, self.symbol, self.at, self.graph = leaves, symbol, at, at.graph
+        self.device = next(n.meta["val"].device for n in at.all_input_nodes if is_tensor(n))
+        self.size, self.length_expr, self.length = length, expression(length), size_node(expression(length), at)
+
+    def rows(self, node: fx.Node) -> fx.Node:
+        """A tensor as [B or 1, length]."""
+        for _ in range(2 - len(shape(node))):
+            node = emit(self.graph, aten.unsqueeze.default, node, 0)
+        if not same(shape(node)[1], self.size):
+            node = emit(self.graph, aten.expand.default, node, [-1, self.length])
+        return node
 
     def condition(self, expr: Any) -> fx.Node:
         if isinstance(expr, sympy.Not):
@@ -94,45 +129,63 @@ class _Writer:
         return emit(self.graph, tensor if self.is_tensor(right) else scalar, self.number(left), self.number(right))
 
     def is_tensor(self, expr: sympy.Basic) -> bool:
-        return _speaks_of(expr, {BATCH, KEY}, self.leaves)
+        return _is_tensor(expr, self.symbol, self.leaves)
 
-    def number(self, expr: sympy.Basic) -> Any:
-        """A tensor that broadcasts to [B, kv_len], or a number."""
+    def tensor(self, expr: sympy.Expr) -> fx.Node:
+        x = self.number(expr)
+        if is_tensor(x):
+            return x
+        return emit(self.graph, aten.full.default, [1], x, dtype=torch.int64, device=self.device)
+
+    def number(self, expr: sympy.Expr) -> Any:
+        """A tensor, or a number."""
+        if isinstance(expr, sympy.Piecewise):
+            (yes, condition), (no, _) = expr.args
+            return emit(self.graph, aten.where.self, self.condition(condition), self.tensor(yes), self.tensor(no))
         if not self.is_tensor(expr):
             return float(expr) if isinstance(expr, sympy.Float) else size_node(expr, self.at)
-        if expr == KEY:
-            return emit(self.graph, aten.arange.default, self.kv_len, device=self.device)
+        if expr == self.symbol:
+            return emit(self.graph, aten.arange.default, self.length, device=self.device)
         if isinstance(expr, sympy.Symbol):
-            return self.leaves[expr.name]
+            return self.whole(self.leaves[expr.name])
         if isinstance(expr, AppliedUndef):
             return self.leaf(expr)
-        tensors = [self.number(arg) for arg in expr.args if self.is_tensor(arg)]
-        numbers = [self.number(arg) for arg in expr.args if not self.is_tensor(arg)]
-        result = tensors[0]
-        for operand in [*tensors[1:], *numbers]:
-            result = emit(self.graph, ARITHMETIC[type(expr)], result, operand)
+        of_tensors, of_number = ARITHMETIC[type(expr)]
+        if isinstance(expr, FloorDiv | PythonMod):  # the order counts
+            return emit(self.graph, of_tensors, self.tensor(expr.args[0]), self.number(expr.args[1]))
+        if isinstance(expr, sympy.Abs):
+            return emit(self.graph, of_tensors, self.number(expr.args[0]))
+        result, *others = sorted((self.number(arg) for arg in expr.args), key=is_tensor, reverse=True)
+        for operand in others:
+            result = emit(self.graph, of_tensors if is_tensor(operand) else of_number, result, operand)
         return result
 
     def leaf(self, expr: AppliedUndef) -> fx.Node:
-        """The elements of a leaf that the condition reads: [S], [B, S] or [B, 1]."""
+        """The elements of a leaf that an expression reads: [length], [B, length] or [B, 1]."""
         node = self.leaves[expr.func.__name__]
-        has_keys = False
+        is_moving = False
         for dim in reversed(range(len(expr.args))):
             position = expr.args[dim]
             if position == BATCH:
                 continue
-            if KEY not in position.free_symbols:
+            if self.symbol not in position.free_symbols:
                 node = emit(self.graph, aten.select.int, node, dim, size_node(position, self.at))
                 continue
-            has_keys = True
+            is_moving = True
             size = expression(shape(node)[dim])
-            if position == KEY and size == self.kv_len_expr:
+            if position == self.symbol and size == self.length_expr:
                 continue
-            # Outside the leaf another part of the condition hides the key, but the index must be inside.
+            # Outside the leaf another part of the condition decides, but the index must be inside.
             last = size_node(size - 1, self.at)
             index = emit(self.graph, aten.clamp.default, self.number(position), 0, last)
             node = emit(self.graph, aten.index_select.default, node, dim, index)
-        return node if has_keys else emit(self.graph, aten.unsqueeze.default, node, -1)
+        return self.whole(node if is_moving else emit(self.graph, aten.unsqueeze.default, node, -1))
+
+    def whole(self, node: fx.Node) -> fx.Node:
+        """Whole numbers in 64 bits: arithmetic on narrow ones would wrap where sympy's does not."""
+        if value(node).is_floating_point() or value(node).dtype in (torch.bool, torch.int64):
+            return node
+        return emit(self.graph, aten.to.dtype, node, torch.int64)
 
 
 def size_node(expr: sympy.Basic, at: fx.Node) -> "int | fx.Node":

@@ -1,35 +1,42 @@
 """Prove what the masks of a site hide.
 
-Given   sites from find.py, in the graph they were found in.
-Leaves  the graph untouched; each site with its MaskProof, or Refused where its mask hides something else.
+Given   sites from find.py, in the graph they were found in; the buffers whose values may be read (buffers.py).
+Leaves  the graph untouched; each site with its MaskProof, or Refused where a step is no mask at all. What was read of
+        buffers becomes guards.
 Never   guesses: a proof is an equivalence, read from the nodes that build the mask (reader.py).
 
 The condition under which the score of query q and key k stays visible is split at its conjunctions, and each part is
 
-    true for every q and k there are      dropped: a window longer than any sequence, a document that is the only one
-    anything in b and k alone             which keys are visible: padding, key length, key start
-    k <= q + offset                       causal, the offset made of sizes
+    true for every q and k there are         dropped: a window longer than any sequence, a document that is the only one
+    k <= q + offset, k >= q + offset         causal, window; offsets are made of sizes
+    anything in b and k alone                which keys are visible: padding, key length, key start
+    f(b, q) == g(b, k)                       documents: packed sequences, chunks
+    anything in b and q alone                documents: queries that see nothing have an id of their own
+    none of these                            the whole mask is carried as a tensor
 
-or the site is refused.
+Arguments are given for the parts of a carried mask too: the tensor implies them, and blocks that they hide are never
+read. A number added to scores that hides nothing is a bias, and carried.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
-import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import Min
 
-from sparsify.passes.emit import is_key_condition
-from sparsify.passes.graph import expression, shape
-from sparsify.passes.reader import TensorReader, Value, Where, WrittenInPlace, as_condition
+from sparsify.passes.buffers import Buffer, watch
+from sparsify.passes.emit import is_condition_on, is_writable
+from sparsify.passes.graph import expression, is_tensor, shape
+from sparsify.passes.reader import Limits, TensorReader, Value, Where, WrittenInPlace, as_condition, branches
 from sparsify.passes.site import (
     BATCH,
     HEAD,
     KEY,
     QUERY,
+    TRUE,
     AttentionSite,
     MaskProof,
     MaskTerm,
@@ -39,131 +46,263 @@ from sparsify.passes.site import (
 
 HIDDEN = -1e4
 """A score this low, or lowered by this much, has no weight left: exp(-1e4) is 0 in float32."""
+UNREACHABLE = -1e30
+"""A score lowered by this much stays hidden whatever bias is added to it too."""
 
 
-def prove_masks(gm: fx.GraphModule, sites: Sequence[AttentionSite | Refused]) -> list[ProvenSite | Refused]:
-    """Prove the masks of every site; sites that share their masks share the proof."""
-    reader = TensorReader(gm)
-    known: dict[Any, MaskProof | str] = {}
+def prove_masks(gm: fx.GraphModule, sites: Sequence[AttentionSite | Refused],
+                buffers: Mapping[fx.Node, Buffer] | None = None) -> list[ProvenSite | Refused]:
+    """Prove the masks of every site; sites whose masks are computed alike share the proof."""
+    reader = TensorReader(gm, buffers)
+    known: dict[Any, _Proof | str] = {}
     proven: list[ProvenSite | Refused] = []
     for site in sites:
         if isinstance(site, Refused):
             proven.append(site)
             continue
-        batch, _, q_len, _ = map(expression, shape(site.query))
-        kv_len = expression(shape(site.key)[3 if site.key_transposed else 2])
-        key = (site.masks, site.is_causal, batch, q_len, kv_len)
+        limits = {symbol: expression(size) for symbol, size in (
+            (BATCH, site.batch), (HEAD, site.heads), (QUERY, site.q_len), (KEY, site.kv_len))}
+        terms = tuple((term.kind, reader.first(term.tensor), term.index, reader.first(term.fill), term.factor)
+                      for term in site.masks)
+        key = (terms, site.is_causal, *limits.values())
         if key not in known:
-            known[key] = _prove(reader, site, q_len, kv_len)
-        proof = known[key]
-        proven.append(ProvenSite(site, proof) if isinstance(proof, MaskProof)
-                      else Refused(site.form, site.origin, proof, site.output.name))
+            known[key] = _prove(reader, site, limits)
+        proven.append(_of_site(known[key], site, reader))
+    watch(reader.read_buffers)
     return proven
 
 
-class _Unproven(Exception):
-    """The mask is not one that the ops take; the text says why."""
+class _NoMask(Exception):
+    """A step that the ops cannot take; the text says why."""
 
 
-def _prove(reader: TensorReader, site: AttentionSite, q_len: sympy.Expr, kv_len: sympy.Expr) -> MaskProof | str:
+class _Proof:
+    """A proof, and the places of the carried terms in `AttentionSite.masks`."""
+
+    def __init__(self, mask: MaskProof, carried: list[int]) -> None:
+        self.mask, self.carried = mask, carried
+
+
+def _of_site(proof: _Proof | str, site: AttentionSite, reader: TensorReader) -> ProvenSite | Refused:
+    """The proof with the terms of this site; its tensors must hold at the output what they held when they were used."""
+    if isinstance(proof, _Proof):
+        carried = tuple(site.masks[i] for i in proof.carried)
+        stale = next((term.tensor for term in carried if reader.is_stale(term.tensor, site.output.node)), None)
+        if stale is None:
+            return ProvenSite(site, replace(proof.mask, carried=carried))
+        proof = f"the mask {stale.name} is written to in place before the output is computed"
+    return Refused(site.form, site.origin, proof, site.output.node.name)
+
+
+def _prove(reader: TensorReader, site: AttentionSite, limits: Limits) -> _Proof | str:
     """The proof, or why there is none."""
+    single = {symbol: sympy.Integer(0) for symbol, size in limits.items() if size == 1}
+    reader.within({symbol: size for symbol, size in limits.items() if symbol not in single})
+    found = _Arguments(reader, limits)
+    carried = []
     try:
-        visible = [_visible(reader, term, q_len) for term in site.masks]
+        for i, term in enumerate(site.masks):
+            term = replace(term, index=tuple(sympy.sympify(x).subs(single) for x in term.index))
+            if not _take_term(reader, term, found):
+                carried.append(i)
         if site.is_causal:
-            visible.append(KEY <= QUERY)
-        condition = sympy.to_nnf(sympy.And(*visible), simplify=False)
-        return _classify(condition, reader, _shape_env(site), q_len, kv_len)
-    except (_Unproven, WrittenInPlace) as why:
+            found.take((KEY <= QUERY).subs(single))
+    except _NoMask as why:
         return str(why)
+    return _Proof(found.proof(), carried)
 
 
-def _visible(reader: TensorReader, term: MaskTerm, q_len: sympy.Expr) -> sympy.Basic:
-    """When a score stays visible under this term, as a condition over b, h, q and k."""
-    query = sympy.Integer(0) if q_len == 1 else QUERY
-    index = (BATCH, HEAD, query, KEY)
-    x = reader.operand(term.tensor, index)
-    if term.kind == "add":
-        return _adds_nothing(x)
-    fill = reader.operand(term.fill, index)
-    if isinstance(fill, Where) or not (fill.is_number and fill <= HIDDEN):
-        raise _Unproven(f"hidden scores become {fill}, which is not low enough to hide them")
-    condition = as_condition(x)
-    return condition if term.kind == "keep" else sympy.Not(condition)
-
-
-def _adds_nothing(x: Value) -> sympy.Basic:
-    """Where an additive mask is 0; elsewhere it must hide."""
-    if isinstance(x, Where):
-        yes, no = _adds_nothing(x.yes), _adds_nothing(x.no)
-        return sympy.Or(sympy.And(x.condition, yes), sympy.And(sympy.Not(x.condition), no))
-    if x.is_number and float(x) == 0:  # to sympy, 0.0 is not 0
-        return sympy.true
-    if x.is_number and x <= HIDDEN:
-        return sympy.false
-    raise _Unproven(f"the scores get a bias ({x} is added), not only a mask")
-
-
-def _classify(condition: sympy.Basic, reader: TensorReader, shape_env: ShapeEnv | None, q_len: sympy.Expr,
-              kv_len: sympy.Expr) -> MaskProof:
-    offset: sympy.Expr | None = None
-    keys: list[sympy.Basic] = []
-    for part in condition.args if isinstance(condition, sympy.And) else [condition]:
-        if part == sympy.true or _always(part, shape_env, q_len, kv_len):
-            continue
-        if is_key_condition(part, reader.leaves):
-            keys.append(part)
-            continue
-        new = _causal_offset(part)
-        if new is None:
-            raise _Unproven(f"the mask is not causal, padding or a key length: keys are visible where {part}")
-        if offset is not None and offset != new:
-            raise _Unproven(f"the mask is causal twice, with offsets {offset} and {new}")
-        offset = new
-    visible_keys = sympy.And(*keys)
-    names = {f.func.__name__ for f in visible_keys.atoms(AppliedUndef)}
-    names |= {symbol.name for symbol in visible_keys.free_symbols}
-    return MaskProof(offset, visible_keys, {name: node for name, node in reader.leaves.items() if name in names})
-
-
-def _as_linear(part: sympy.Basic) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None:
-    """(a, b, c) where an inequality over whole numbers means a * k + b * q + c <= 0."""
-    if not isinstance(part, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt) or part.atoms(AppliedUndef):
-        return None
-    difference = sympy.expand(part.lhs - part.rhs)
-    if isinstance(part, sympy.Ge | sympy.Gt):
-        difference = -difference
-    if not difference.is_integer:
-        return None
-    if isinstance(part, sympy.Lt | sympy.Gt):
-        difference = difference + 1
-    difference = sympy.expand(difference)
-    a, b = difference.coeff(KEY), difference.coeff(QUERY)
-    c = sympy.expand(difference - a * KEY - b * QUERY)
-    if not (a.is_Integer and b.is_Integer) or c.free_symbols & {BATCH, HEAD, QUERY, KEY}:
-        return None
-    return a, b, c
-
-
-def _always(part: sympy.Basic, shape_env: ShapeEnv | None, q_len: sympy.Expr, kv_len: sympy.Expr) -> bool:
-    """Whether an inequality holds for every query and key, at every size that the graph may be called with."""
-    linear = _as_linear(part)
-    if linear is None:
+def _take_term(reader: TensorReader, term: MaskTerm, found: "_Arguments") -> bool:
+    """Take what can be an argument; True if that is all the term does."""
+    try:
+        x = reader.at(term.tensor, term.index)
+    except WrittenInPlace:
+        if term.kind != "add":
+            _check_fill(reader, term)
         return False
-    a, b, c = linear
-    worst = sympy.expand(c + (a * (kv_len - 1) if a > 0 else 0) + (b * (q_len - 1) if b > 0 else 0))
-    if worst.is_number:
-        return bool(worst <= 0)
-    return shape_env is not None and bool(shape_env.bound_sympy(worst).upper <= 0)
+    if term.kind == "add":
+        visible, exact = _adds_nothing(x, term.factor)
+        return found.take_all(_conjuncts(visible)) and exact
+    visible = as_condition(x) if term.kind == "keep" else sympy.Not(as_condition(x))
+    if visible != sympy.true:
+        _check_fill(reader, term)
+    return found.take_all(_conjuncts(visible))
 
 
-def _causal_offset(part: sympy.Basic) -> sympy.Expr | None:
-    """The offset of `k <= q + offset`."""
-    linear = _as_linear(part)
-    if linear is None or linear[:2] != (1, -1):
-        return None
-    return -linear[2]
+def _check_fill(reader: TensorReader, term: MaskTerm) -> None:
+    """What hidden scores become must hide them."""
+    rank = len(shape(term.fill)) if isinstance(term.fill, fx.Node) and is_tensor(term.fill) else 0
+    try:
+        fill = reader.operand(term.fill, (sympy.Integer(0),) * rank)
+    except WrittenInPlace as why:
+        raise _NoMask(str(why)) from None
+    for x in branches(fill):
+        if not (x.is_number and x * term.factor <= HIDDEN):
+            raise _NoMask(f"hidden scores become {_short(x * term.factor)}, which is not low enough to hide them")
 
 
-def _shape_env(site: AttentionSite) -> ShapeEnv | None:
-    sizes = [*shape(site.query), *shape(site.key)]
-    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+def _short(x: sympy.Basic) -> str:
+    return f"{float(x):g}" if x.is_number else str(x)
+
+
+def _adds_nothing(x: Value, factor: float) -> tuple[sympy.Basic, bool]:
+    """Where an additive mask may leave a score visible, and whether it adds exactly 0 there and hides elsewhere."""
+    if isinstance(x, Where):
+        (yes, yes_exact), (no, no_exact) = _adds_nothing(x.yes, factor), _adds_nothing(x.no, factor)
+        visible = yes if yes == no else sympy.Or(sympy.And(x.condition, yes), sympy.And(sympy.Not(x.condition), no))
+        return visible, yes_exact and no_exact
+    if x == 0 or x is sympy.nan:
+        return sympy.true, x == 0
+    if x.is_number:
+        hides = bool(x * factor <= HIDDEN)
+        return sympy.false if hides else sympy.true, hides
+    constant = x.as_coeff_Add()[0] * factor
+    return sympy.false if constant <= UNREACHABLE else sympy.true, False
+
+
+def _conjuncts(condition: sympy.Basic) -> list[sympy.Basic]:
+    """The parts that all hold, those that are common to every choice of a disjunction too."""
+    condition = sympy.to_nnf(condition, simplify=False)
+    parts = []
+    for part in condition.args if isinstance(condition, sympy.And) else [condition]:
+        if isinstance(part, sympy.Or):
+            choices = [set(choice.args) if isinstance(choice, sympy.And) else {choice} for choice in part.args]
+            common = set.intersection(*choices)
+            parts += sorted(common, key=sympy.default_sort_key)
+            part = sympy.Or(*(sympy.And(*(choice - common)) for choice in choices))
+        parts.append(part)
+    return parts
+
+
+class _Arguments:
+    """What the masks of a site were proven to be, part by part."""
+
+    def __init__(self, reader: TensorReader, limits: Limits) -> None:
+        self.reader, self.leaves = reader, reader.leaves
+        self.one_query, self.kv_len = limits[QUERY] == 1, limits[KEY]
+        self.upper: list[sympy.Expr] = []  # k <= q + offset
+        self.lower: list[sympy.Expr] = []  # k >= q + offset
+        self.keys: list[sympy.Basic] = []
+        self.queries: list[sympy.Basic] = []
+        self.documents: tuple[sympy.Expr, sympy.Expr] | None = None
+
+    def take_all(self, parts: Sequence[sympy.Basic]) -> bool:
+        """Take every part that an argument can say; whether that is all."""
+        taken = [self.take(part) for part in parts]
+        return all(taken)
+
+    def take(self, part: sympy.Basic) -> bool:
+        """Take a part of the condition; False if no argument can say it."""
+        part = self._simplify(part)
+        if isinstance(part, sympy.And):
+            return self.take_all(part.args)
+        if part == sympy.true or self._take_bounds(part):
+            return True
+        if is_condition_on(part, KEY, self.leaves):
+            self.keys.append(part)
+            return True
+        if is_condition_on(part, QUERY, self.leaves):
+            self.queries.append(part)
+            return True
+        documents = self._read_documents(part)
+        if documents is None or (self.documents is not None and documents != self.documents):
+            return False
+        self.documents = documents
+        return True
+
+    def proof(self) -> MaskProof:
+        offset, window = self._smallest(self.upper), None
+        if self.lower:
+            offset = self.kv_len - 1 if offset is None else offset  # hides nothing
+            lowest = self._smallest([-bound for bound in self.lower])
+            window = offset + 1 + lowest
+        documents = self.documents
+        if self.queries:
+            # A query that sees nothing differs from every key: of 2 id and 2 id + 1, one is no key's.
+            blind = sympy.Piecewise((0, sympy.And(*self.queries)), (1, True), evaluate=False)
+            query, key = documents or (sympy.Integer(0), sympy.Integer(0))
+            documents = (2 * query + blind, 2 * key)
+        visible_keys = sympy.And(*self.keys) if self.keys else TRUE
+        used = {x.func.__name__ if isinstance(x, AppliedUndef) else x.name
+                for expr in (visible_keys, *(documents or ())) for x in expr.atoms(AppliedUndef, sympy.Symbol)}
+        leaves = {name: node for name, node in self.leaves.items() if name in used}
+        return MaskProof(offset, window, visible_keys, documents, (), leaves)
+
+    def _simplify(self, part: sympy.Basic) -> sympy.Basic:
+        """A part without comparisons that always or never hold."""
+        if isinstance(part, sympy.And | sympy.Or):
+            return part.func(*(self._simplify(x) for x in part.args))
+        linear = self._linear(part)
+        if linear is None:
+            return part
+        a, b, c = linear
+        difference = a * KEY + b * QUERY + c
+        if self.reader.is_nonpositive(difference):
+            return sympy.true
+        return sympy.false if self.reader.is_nonpositive(1 - difference) else part
+
+    def _linear(self, part: sympy.Basic) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None:
+        """(a, b, c) where an inequality over whole numbers means a * k + b * q + c <= 0, with c made of sizes."""
+        if not isinstance(part, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
+            return None
+        difference = sympy.expand(part.lhs - part.rhs)
+        if isinstance(part, sympy.Ge | sympy.Gt):
+            difference = -difference
+        if not difference.is_integer:
+            return None
+        if isinstance(part, sympy.Lt | sympy.Gt):
+            difference = difference + 1
+        return self._coefficients(difference)
+
+    def _coefficients(self, difference: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None:
+        difference = sympy.expand(difference)
+        a, b = difference.coeff(KEY), difference.coeff(QUERY)
+        c = sympy.expand(difference - a * KEY - b * QUERY)
+        if not (a.is_Integer and b.is_Integer and self._is_size(c)):
+            return None
+        return a, b, c
+
+    def _is_size(self, x: sympy.Expr) -> bool:
+        return not (x.atoms(AppliedUndef) or x.free_symbols & {BATCH, HEAD, QUERY, KEY}
+                    or any(symbol.name in self.leaves for symbol in x.free_symbols))
+
+    def _take_bounds(self, part: sympy.Basic) -> bool:
+        """k <= q + offset, k >= q + offset, or k == q + offset. Of one query, k <= offset is causality too."""
+        linear, both = self._linear(part), False
+        if linear is None and isinstance(part, sympy.Eq) and (part.lhs - part.rhs).is_integer:
+            linear, both = self._coefficients(part.lhs - part.rhs), True
+        if linear is None:
+            return False
+        a, b, c = linear
+        if abs(a) != 1 or not (a == -b or (b == 0 and self.one_query)):
+            return False
+        if both or a == 1:
+            self.upper.append(-c * a)
+        if both or a == -1:
+            self.lower.append(-c if both and a == 1 else c)
+        return True
+
+    def _smallest(self, offsets: list[sympy.Expr]) -> sympy.Expr | None:
+        """The smallest of the upper bounds, which all hold."""
+        kept: list[sympy.Expr] = []
+        for new in offsets:
+            if not any(self.reader.is_nonpositive(old - new) for old in kept):
+                kept = [*(old for old in kept if not self.reader.is_nonpositive(new - old)), new]
+        return Min(*kept) if len(kept) > 1 else kept[0] if kept else None
+
+    def _read_documents(self, part: sympy.Basic) -> tuple[sympy.Expr, sympy.Expr] | None:
+        """(f, g) where an equality means f(b, q) == g(b, k)."""
+        if not isinstance(part, sympy.Eq):
+            return None
+        query = key = sympy.Integer(0)
+        for term in sympy.Add.make_args(part.lhs - part.rhs):
+            if KEY in term.free_symbols:
+                key -= term
+            else:
+                query += term
+        if key.could_extract_minus_sign():
+            query, key = -query, -key
+        if not (query.is_integer and key.is_integer and is_writable(query, QUERY, self.leaves)
+                and is_writable(key, KEY, self.leaves)):
+            return None
+        return query, key
