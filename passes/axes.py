@@ -14,10 +14,11 @@ from typing import Any
 
 import sympy
 from torch import fx
+from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
-from sparsify.passes.graph import arguments, expression, is_inert_dropout, same, same_shape, shape, value
+from sparsify.passes.graph import argument, arguments, expression, is_inert_dropout, same, same_shape, shape, value
 
 Size = Any
 """An int or a SymInt."""
@@ -109,17 +110,17 @@ def view_up(node: fx.Node, dims: Dims, *, through_casts: bool = False) -> tuple[
     """
     name = op_name(node)
     if name in COPIES or is_inert_dropout(node):
-        return node.args[0], dims  # type: ignore[return-value]
+        return argument(node), dims
     if name in CASTS:
-        source = node.args[0]
+        source = argument(node)
         was, now = value(source).dtype, value(node).dtype
         if was == now or (through_casts and was.is_floating_point and was.itemsize < now.itemsize):
-            return source, dims  # type: ignore[return-value]
+            return source, dims
         return None
     if name in RESHAPES:
-        source = node.args[0]
-        grouped = regroup(flat(dims), shape(source))  # type: ignore[arg-type]
-        return None if grouped is None else (source, grouped)  # type: ignore[return-value]
+        source = argument(node)
+        grouped = regroup(flat(dims), shape(source))
+        return None if grouped is None else (source, grouped)
     if name in PERMUTATIONS:
         order = permutation(node)
         return arguments(node)["self"], tuple(dims[order.index(d)] for d in range(len(order)))
@@ -128,9 +129,9 @@ def view_up(node: fx.Node, dims: Dims, *, through_casts: bool = False) -> tuple[
     if name == "repeat_interleave" and "repeats" in (named := arguments(node)) and isinstance(named["dim"], int):
         return _interleaving_up(named["self"], dims, named["dim"], named["repeats"])
     if name == "repeat":
-        return _repetition_up(node.args[0], dims, node.args[1])  # type: ignore[arg-type]
-    if name == "slice" and same_shape(shape(node), shape(node.args[0])):  # type: ignore[arg-type]
-        return node.args[0], dims  # type: ignore[return-value]
+        return _repetition_up(argument(node), dims, argument(node, 1))
+    if name == "slice" and same_shape(shape(node), shape(argument(node))):
+        return argument(node), dims
     return None
 
 
@@ -168,17 +169,16 @@ def view_down(user: fx.Node, dims: Dims) -> Dims | None:
         return regroup(flat(dims), shape(user))
     if name in PERMUTATIONS:
         return tuple(dims[d] for d in permutation(user))
-    if name in EXPANSIONS and same_shape(shape(user), shape(user.args[0])):  # type: ignore[arg-type]
+    if name in EXPANSIONS and same_shape(shape(user), shape(argument(user))):
         return dims
-    if name == "slice" and same_shape(shape(user), shape(user.args[0])):  # type: ignore[arg-type]
+    if name == "slice" and same_shape(shape(user), shape(argument(user))):
         return dims
     return None
 
 
 def op_name(node: fx.Node) -> str:
-    """The name of an ATen op, empty for anything else."""
-    namespace = getattr(node.target, "namespace", "")
-    return node.target._opname if namespace == "aten" else ""  # type: ignore[union-attr]
+    """The name of a torch op without its overload, empty for anything else."""
+    return node.target._opname if isinstance(node.target, OpOverload) else ""
 
 
 def permutation(node: fx.Node) -> list[int]:

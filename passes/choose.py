@@ -31,20 +31,19 @@ SINGLE_QUERY = "a single query: selecting key blocks would read as much as atten
 
 
 def choose_budgets(sites: Sequence[ProvenSite | Refused], plan: Plan,
-                   strict: frozenset[sympy.Symbol] = frozenset()) -> list[ChosenSite | Refused]:
-    """Give every site its budget. `strict`: see `strict_symbols`."""
+                   strict: frozenset[sympy.Symbol] = frozenset(), first_index: int = 0) -> list[ChosenSite | Refused]:
+    """Give every site its budget. `strict`: see `strict_symbols`; the first site is number `first_index`."""
     plan = plan.merged()
     chosen: list[ChosenSite | Refused] = []
-    for index, proven in enumerate(sites):
+    for index, proven in enumerate(sites, first_index):
         if isinstance(proven, Refused):
             chosen.append(proven)
             continue
         site = proven.site
-        if statically_known_true(shape(site.query)[2] == 1):
+        if statically_known_true(site.q_len == 1):
             chosen.append(ChosenSite(site, proven.mask, ANY_LENGTH, Budget.dense(), SINGLE_QUERY))
             continue
-        length = shape(site.key)[3 if site.key_transposed else 2]
-        buckets, how = _buckets_of(length, plan, strict)
+        buckets, how = _buckets_of(site.kv_len, plan, strict)
         bucket = min(buckets, key=lambda b: _exactness(b.budget_of(index)))
         chosen.append(ChosenSite(site, proven.mask, bucket, bucket.budget_of(index), how))
     return chosen

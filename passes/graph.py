@@ -79,6 +79,11 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
+def argument(node: fx.Node, place: int = 0) -> Any:
+    """A positional argument of a call."""
+    return node.args[place]
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of a call to an ATen op by their names in its schema, defaults filled in."""
     schema = _schema(node)

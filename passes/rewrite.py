@@ -17,11 +17,15 @@ import torch
 from torch import fx
 
 from sparsify import ops
-from sparsify.passes.emit import expression, key_mask, size_node
+from sparsify.passes.arrange import rearrange
+from sparsify.passes.axes import Dims, flat, op_name
+from sparsify.passes.emit import documents, key_mask, size_node
 from sparsify.passes.graph import (
     aten,
     emit,
+    expression,
     is_inert_dropout,
+    is_tensor,
     mutations,
     same,
     same_shape,
@@ -29,16 +33,27 @@ from sparsify.passes.graph import (
     storage_root,
     value,
 )
-from sparsify.passes.site import TRUE, AttentionSite, ChosenSite, MaskProof, Outcome, Refused, Scale, SiteRecord
+from sparsify.passes.site import (
+    TRUE,
+    AttentionSite,
+    ChosenSite,
+    MaskProof,
+    MaskTerm,
+    Operand,
+    Outcome,
+    Refused,
+    Scale,
+    SiteRecord,
+)
 
 STRIDE_BLIND = {aten.reshape.default, aten.contiguous.default, aten.linear.default, aten.matmul.default}
 RELAYOUTS = {aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default}
 
 
-def rewrite(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused]) -> list[SiteRecord]:
-    """Rewrite `gm` in place."""
-    rewriter = _Rewriter()
-    records = [rewriter.rewrite_site(index, site) for index, site in enumerate(sites)]
+def rewrite(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0) -> list[SiteRecord]:
+    """Rewrite `gm` in place; the first site is number `first_index`."""
+    rewriter = _Rewriter(first_index)
+    records = [rewriter.rewrite_site(place, site) for place, site in enumerate(sites)]
     _remove_dead_code(gm.graph)
     gm.graph.lint()
     gm.recompile()
@@ -48,75 +63,199 @@ def rewrite(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused]) -> list[S
 class _Rewriter:
     """Rewrites the sites of one graph in order; remembers what the next may meet again."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_index: int) -> None:
+        self.first_index = first_index
         self.replaced: dict[fx.Node, fx.Node] = {}  # old outputs: one site may attend to another's
-        self.key_masks: dict[Any, fx.Node] = {}  # layers share their mask
+        self.masks: dict[Any, Any] = {}  # layers share their masks
 
-    def rewrite_site(self, index: int, chosen: ChosenSite | Refused) -> SiteRecord:
+    def rewrite_site(self, place: int, chosen: ChosenSite | Refused) -> SiteRecord:
+        index = self.first_index + place
         if isinstance(chosen, Refused):
             return SiteRecord(index, "refused", chosen.form, chosen.origin.line, chosen.origin.module, chosen.why,
                               chosen.node)
         site, why = chosen.site, chosen.how
         outcome: Outcome = "exact" if chosen.budget.is_dense else "sparse"
-        if outcome == "exact" and site.form == "sdpa" and not site.masks:
-            outcome, why = "kept dense", f"{why}; scaled_dot_product_attention is exact and needs no mask here"
+        depends = _depends(chosen)
+        if outcome == "exact" and site.form == "sdpa" and _gains_nothing(chosen):
+            outcome, why = "kept dense", f"{why}; scaled_dot_product_attention is exact and needs no other mask here"
+            op = "scaled_dot_product_attention"
         else:
-            self.replaced[site.output] = self.replace(index, chosen)
-        return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why, site.output.name,
-                          str(chosen.mask), str(chosen.bucket), str(chosen.budget))
+            op = self.replace(index, chosen)
+        return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why, site.output.node.name,
+                          str(chosen.mask), str(chosen.bucket), str(chosen.budget), op, depends)
 
-    def replace(self, index: int, chosen: ChosenSite) -> fx.Node:
-        """Put the op where the site's output was."""
-        site, budget, old = chosen.site, chosen.budget, chosen.site.output
-        graph, dtype = old.graph, value(old).dtype
-        offset = None if chosen.mask.causal_offset is None else size_node(chosen.mask.causal_offset, old)
+    def replace(self, index: int, chosen: ChosenSite) -> str:
+        """Put an op where the site's output was; its name."""
+        site, budget, old, at = chosen.site, chosen.budget, chosen.site.output.node, chosen.site.output.node
+        layout, graph = site.layout, old.graph
+        query = self.operand(site.query, (layout.batch, layout.heads, layout.queries, layout.dim), at)
+        key = self.operand(site.key, (layout.batch, layout.kv_heads, layout.keys, layout.dim), at)
+        values = self.operand(site.value, (layout.batch, layout.kv_heads, layout.keys, layout.value_dim), at)
+        offset, window = (None if x is None else size_node(x, at)
+                          for x in (chosen.mask.causal_offset, chosen.mask.window))
         visible_keys = self.key_mask(site, chosen.mask)
-        operands = [self.replaced.get(node, node) for node in (site.query, site.key, site.value)]
-        with graph.inserting_before(old):
-            query, key, values = (_cast(graph, node, dtype) for node in operands)
-            if site.key_transposed:
-                key = emit(graph, aten.transpose.int, key, -2, -1)
-            scale = _scale(graph, site.scales)
-            attention = (query, key, values, scale, offset, None, visible_keys, None, None, None, 0.0, None)
-            if budget.is_dense and (causal := _sdpa_causality(query, key, chosen.mask)) is not None:
+        documents = self.documents(site, chosen.mask)
+        attn_mask = self.attn_mask(site, chosen.mask.carried)
+        sink_logits = self.sink_logits(site)
+        with graph.inserting_before(at):
+            query, key, values = (_cast(graph, node, site.dtype) for node in (query, key, values))
+            query, key = self.scaled(site, query, key)
+            scale = _scale(graph, (*site.scales, *((Scale(site.softcap),) if site.softcap is not None else ())))
+            causal = _sdpa_causality(query, key, site, chosen.mask) if budget.is_dense else None
+            if causal is not None:
                 grouped = not same(shape(query)[1], shape(key)[1])
-                new = emit(graph, aten.scaled_dot_product_attention.default, query, key, values, None, 0.0, causal,
+                new = emit(graph, aten.scaled_dot_product_attention.default, query, key, values, attn_mask, 0.0, causal,
                            scale=scale, enable_gqa=grouped)
-            elif budget.is_dense:
-                new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
             else:
-                new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
-                           budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION)
+                attention = (query, key, values, scale, offset, window, visible_keys, *documents, attn_mask,
+                             site.softcap or 0.0, sink_logits)
+                if budget.is_dense:
+                    new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
+                else:
+                    new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
+                               budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION)
             new.meta = {**old.meta, "val": new.meta["val"]}
-            if not _same_strides(new, old) and _strides_matter(old):
-                new = emit(graph, aten.contiguous.default, new)
-                new.meta = {**old.meta, "val": new.meta["val"]}
-        old.replace_all_uses_with(new)
-        return new
+        self.replaced[old] = self.as_before(new, site)
+        old.replace_all_uses_with(self.replaced[old])
+        return op_name(new)
+
+    def operand(self, operand: Operand, layout: Dims, at: fx.Node) -> fx.Node:
+        """An operand in the op's layout."""
+        return rearrange(self.replaced.get(operand.node, operand.node), operand.dims, layout, at)
+
+    def scaled(self, site: AttentionSite, query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Query and key times the tensors that scale the scores."""
+        layout, at = site.layout, site.output.node
+        for scale in site.scales:
+            if not isinstance(scale.value, Operand):
+                continue
+            function = aten.div.Tensor if scale.divides else aten.mul.Tensor
+            on_keys = bool(set(layout.keys) & set(flat(scale.value.dims)))
+            groups = (layout.batch, layout.kv_heads, layout.keys, ()) if on_keys else (
+                layout.batch, layout.heads, layout.queries, ())
+            node = self.replaced.get(scale.value.node, scale.value.node)
+            factor = rearrange(node, scale.value.dims, groups, at, broadcast_groups=True)
+            with at.graph.inserting_before(at):
+                scaled = _cast(at.graph, emit(at.graph, function, key if on_keys else query, factor), site.dtype)
+            query, key = (query, scaled) if on_keys else (scaled, key)
+        return query, key
+
+    def as_before(self, new: fx.Node, site: AttentionSite) -> fx.Node:
+        """The op's output in the layout, dtype and strides of the old one."""
+        old, layout, graph = site.output.node, site.layout, site.output.node.graph
+        made = rearrange(new, (layout.batch, layout.heads, layout.queries, layout.value_dim), site.output.dims, old)
+        with graph.inserting_before(old):
+            made = _cast(graph, made, value(old).dtype)
+            if not _same_strides(made, old) and _strides_matter(old):
+                made = _with_strides_of(graph, made, old)
+        made.meta = {**old.meta, "val": made.meta["val"]}
+        return made
+
+    def leaves(self, mask: MaskProof) -> dict[str, fx.Node]:
+        return {name: self.replaced.get(node, node) for name, node in mask.leaves.items()}
 
     def key_mask(self, site: AttentionSite, mask: MaskProof) -> fx.Node | None:
         if mask.visible_keys == TRUE:
             return None
-        leaves = {name: self.replaced.get(node, node) for name, node in mask.leaves.items()}
-        kv_len = shape(site.key)[3 if site.key_transposed else 2]
-        known = (mask.visible_keys, tuple(leaves.values()), expression(kv_len), value(site.query).device)
-        if known not in self.key_masks:
-            self.key_masks[known] = key_mask(mask.visible_keys, leaves, kv_len, site.output)
-        return self.key_masks[known]
+        leaves = self.leaves(mask)
+        known = (mask.visible_keys, tuple(leaves.values()), expression(site.kv_len), value(site.query.node).device)
+        if known not in self.masks:
+            self.masks[known] = key_mask(mask.visible_keys, leaves, site.kv_len, site.output.node)
+        return self.masks[known]
+
+    def documents(self, site: AttentionSite, mask: MaskProof) -> tuple[fx.Node | None, fx.Node | None]:
+        if mask.documents is None:
+            return None, None
+        leaves = self.leaves(mask)
+        known = (mask.documents, tuple(leaves.values()), expression(site.q_len), expression(site.kv_len),
+                 value(site.query.node).device)
+        if known not in self.masks:
+            self.masks[known] = documents(mask.documents, leaves, (site.q_len, site.kv_len), site.output.node)
+        return self.masks[known]
+
+    def attn_mask(self, site: AttentionSite, terms: tuple[MaskTerm, ...]) -> fx.Node | None:
+        """The masks and biases that no argument says, as one tensor [B | 1, H | 1, L | 1, S | 1]."""
+        if not terms:
+            return None
+        known = (terms, *map(expression, (site.batch, site.heads, site.q_len, site.kv_len)))
+        if known not in self.masks:
+            self.masks[known] = self.build_attn_mask(site, terms)
+        return self.masks[known]
+
+    def build_attn_mask(self, site: AttentionSite, terms: tuple[MaskTerm, ...]) -> fx.Node:
+        at, graph, layout = site.output.node, site.output.node.graph, site.layout
+        visible: fx.Node | None = None
+        bias: fx.Node | None = None
+        for term in terms:
+            tensor = rearrange(self.replaced.get(term.tensor, term.tensor), term.dims,
+                               (layout.batch, layout.heads, layout.queries, layout.keys), at, broadcast_groups=True)
+            with graph.inserting_before(at):
+                if term.kind == "add":
+                    if not value(tensor).dtype.is_floating_point:
+                        tensor = _cast(graph, tensor, site.dtype)
+                    if term.factor != 1:
+                        tensor = emit(graph, aten.mul.Scalar, tensor, term.factor)
+                    bias = tensor if bias is None else emit(graph, aten.add.Tensor, bias, tensor)
+                else:
+                    tensor = _cast(graph, tensor, torch.bool)
+                    if term.kind == "hide":
+                        tensor = emit(graph, aten.logical_not.default, tensor)
+                    visible = tensor if visible is None else emit(graph, aten.logical_and.default, visible, tensor)
+        if visible is None or bias is None:
+            mask = visible if bias is None else bias
+            assert mask is not None
+            return mask
+        with graph.inserting_before(at):
+            return emit(graph, aten.where.ScalarOther, visible, bias, float("-inf"))
+
+    def sink_logits(self, site: AttentionSite) -> fx.Node | None:
+        """One logit a query head."""
+        at, sink = site.output.node, site.sink_logits
+        if sink is None:
+            return None
+        if isinstance(sink, Operand):
+            return rearrange(self.replaced.get(sink.node, sink.node), sink.dims, (site.layout.heads,), at)
+        heads = size_node(expression(site.heads), at)
+        with at.graph.inserting_before(at):
+            return emit(at.graph, aten.full.default, [heads], sink, dtype=torch.float32,
+                        device=value(site.query.node).device)
 
 
-def _sdpa_causality(query: fx.Node, key: fx.Node, mask: MaskProof) -> bool | None:
-    """The `is_causal` by which SDPA says this mask; None where it would need a tensor, or a slow kernel.
+def _gains_nothing(chosen: ChosenSite) -> bool:
+    """Whether SDPA would be handed the same masks as before."""
+    return chosen.mask.carried == chosen.site.masks
 
-    Inductor knows SDPA, and a call of it costs the host less than an op of ours.
+
+def _depends(chosen: ChosenSite) -> tuple[str, ...]:
+    """The inputs of the graph that the masks of a site are made of."""
+    seen: set[fx.Node] = set()
+    todo = [term.tensor for term in chosen.site.masks]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return tuple(node.meta.get("source", node.name) for node in chosen.site.output.node.graph.nodes
+                 if node in seen and node.op == "placeholder" and is_tensor(node))
+
+
+def _sdpa_causality(query: fx.Node, key: fx.Node, site: AttentionSite, mask: MaskProof) -> bool | None:
+    """The `is_causal` by which SDPA says this attention; None where it cannot, or only on a slow kernel.
+
+    Inductor knows SDPA, and a call of it costs the host less than an op of ours. A bias is SDPA's own business; a mask
+    that may hide all keys of a row is not: its kernels disagree about such rows.
     """
-    if mask.visible_keys != TRUE:
+    if (mask.visible_keys != TRUE or mask.window is not None or mask.documents is not None
+            or site.softcap is not None or site.sink_logits is not None
+            or any(term.kind != "add" for term in mask.carried)):
         return None
     on_slow_path = value(query).dtype == torch.float32 and value(query).device.type == "cuda"
     if on_slow_path and not same(shape(query)[1], shape(key)[1]):
         return None  # no fused kernel has grouped heads in float32; exact_attention repeats them
     if mask.causal_offset is None:
         return False
+    if mask.carried:
+        return None  # is_causal beside a mask is an error
     return True if mask.causal_offset == 0 and same(shape(query)[2], shape(key)[2]) else None
 
 
@@ -129,6 +268,8 @@ def _scale(graph: fx.Graph, scales: tuple[Scale, ...]) -> "float | fx.Node":
     """All factors as one number, or one node where a factor is symbolic."""
     result: float | fx.Node = 1.0
     for scale in scales:
+        if isinstance(scale.value, Operand):
+            continue  # folded into query or key
         function = operator.truediv if scale.divides else operator.mul
         if isinstance(result, fx.Node) or isinstance(scale.value, fx.Node):
             plain = result == 1.0 and not scale.divides
@@ -136,6 +277,22 @@ def _scale(graph: fx.Graph, scales: tuple[Scale, ...]) -> "float | fx.Node":
         else:
             result = function(result, scale.value)
     return result
+
+
+def _with_strides_of(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
+    """A copy of `new` with its dims in the order in which the memory of `old` has them."""
+    strides = value(old).stride()
+    order = sorted(range(len(strides)), key=lambda d: -_hint(strides[d]))
+    inverse = [order.index(d) for d in range(len(order))]
+    if order == inverse == list(range(len(order))):
+        return emit(graph, aten.contiguous.default, new)
+    dense = emit(graph, aten.contiguous.default, emit(graph, aten.permute.default, new, order))
+    return emit(graph, aten.permute.default, dense, inverse)
+
+
+def _hint(size: Any) -> int:
+    """What a symbolic stride was in this call: it orders the dims as well as any other."""
+    return size.node.hint if isinstance(size, torch.SymInt) and size.node.hint is not None else int(size)
 
 
 def _same_strides(new: fx.Node, old: fx.Node) -> bool:

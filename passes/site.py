@@ -189,7 +189,12 @@ class ChosenSite:
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """What became of one site, in words. `index` is its place in its graph, and the `site` argument of its op."""
+    """What became of one site, in words.
+
+    index    its number in its graph, and the `site` argument of its op
+    op       what computes it now; empty if refused
+    depends  the inputs that its masks and biases are made of
+    """
 
     index: int
     outcome: Outcome
@@ -201,6 +206,8 @@ class SiteRecord:
     mask: str = ""
     bucket: str = ""
     budget: str = ""
+    op: str = ""
+    depends: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
