@@ -5,14 +5,19 @@ Leaves  a new graph in the dialect of torch.export before decomposition: every s
         scaled_dot_product_attention is one OpOverload. `meta["val"]` holds fake values with Dynamo's own symbols, so a
         comparison on them is a guard; `meta["stack_trace"]` and `meta["nn_module_stack"]` point at the user's code;
         `meta["requires_grad"]` says whether autograd will record the node. The given graph is untouched.
-Never   functionalises (mutations stay as they were written), differentiates, or opens a higher-order op: bodies of
-        checkpoint, cond, flex_attention ... are carried whole.
+        Attention that arrives fused is opened (fused.py), and so are the bodies of checkpoint, cond, while_loop and
+        invoke_subgraph: `graphs` lists them.
+Never   functionalises (mutations stay as they were written) or differentiates. Any other higher-order op is carried
+        whole.
 
     torch: q.matmul(k.transpose(2, 3)).softmax(-1)   ->   aten.transpose.int, aten.matmul.default, aten.softmax.int
 """
 
 import contextlib
-from collections.abc import Sequence
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +25,17 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch._functorch import predispatch
 from torch._guards import TracingContext, detect_fake_mode
-from torch._ops import HigherOrderOperator
+from torch._higher_order_ops.utils import reenter_make_fx
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from sparsify.passes.fused import OPENED
+from sparsify.passes.replay import Metadata, Template, Traced, Unrepeatable, key_of, template
+
+NORMALISED = "normalised"
+"""Marks the body of a higher-order op that was opened: `meta[NORMALISED]` is the body as Dynamo made it."""
 
 
 def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -31,8 +43,7 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     mode, fakes = _fake_inputs(example_inputs)
 
     def interpret(*args: Any) -> Any:
-        with fx.traceback.preserve_node_meta(), _Interpreter(gm) as interpreter:
-            return interpreter.run(*args)
+        return _interpret(gm, *args)
 
     # Pre-dispatch tracing turns grad mode switches of the graph into calls: ours must be as it was afterwards.
     with mode, torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -40,8 +51,19 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
                         _error_on_data_dependent_ops=False)
         normal = trace(*fakes)
     normal.meta.update(gm.meta)
-    _mark_requires_grad(normal.graph, fakes)
+    _remove_dead_code(normal)
+    _mark_requires_grad(normal, [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes])
     return normal
+
+
+def graphs(normal: fx.GraphModule) -> list[fx.GraphModule]:
+    """The normalised graphs: `normal` itself, then the bodies of its higher-order ops, outer ones first."""
+    found = [normal]
+    for node in normal.graph.nodes:
+        body = getattr(normal, node.target, None) if node.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule) and body.meta.get(NORMALISED) and body not in found:
+            found += [inner for inner in graphs(body) if inner not in found]
+    return found
 
 
 def _fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -65,16 +87,26 @@ def _fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[An
     return mode, [fake(x) for x in example_inputs]
 
 
+def _interpret(gm: fx.GraphModule, *args: Any) -> Any:
+    with fx.traceback.preserve_node_meta(), _Interpreter(gm) as interpreter:
+        return interpreter.run(*args)
+
+
 class _Interpreter(fx.Interpreter):
     """Replays a Dynamo graph under make_fx; every new node keeps the stack trace and module of the old one.
 
-    A context manager: regions that an exception leaves open (autocast, vmap) are closed.
+    Tensors travel as `Traced`; a call that was seen before is repeated from its template. A context manager: regions
+    that an exception leaves open (autocast, vmap) are closed.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
+        self._tracer = _tracer()
         self._regions: list[contextlib.AbstractContextManager[Any]] = []
+        self._autocast: list[tuple[Any, ...]] = []
         self._vmap_depth = 0
+        self._metadata = Metadata()
+        self._templates: dict[Hashable, Template] = {}
 
     def __enter__(self) -> "_Interpreter":
         return self
@@ -84,25 +116,87 @@ class _Interpreter(fx.Interpreter):
             self._regions.pop().__exit__(None, None, None)
 
     def run_node(self, node: fx.Node) -> Any:
+        if node.op == "output":
+            return self._arguments(node)[0][0]
+        if node.op not in ("call_function", "call_method"):
+            return self._wrap(super().run_node(node), {})
+        if node.target is operator.getitem:
+            whole: Any
+            place: Any
+            whole, place = (self.env[x] if isinstance(x, fx.Node) else x for x in node.args)
+            if (isinstance(whole, tuple | list) and isinstance(place, int)) or isinstance(whole, dict):
+                return whole[place]
+        with contextlib.suppress(Unrepeatable):
+            state = (torch.is_grad_enabled(), self._vmap_depth, tuple(self._autocast))
+            key, tensors = key_of(node, self.env, state)
+            if key in self._templates:
+                return self._templates[key].repeat(self._tracer, tensors, node)
+            return self._first(node, key, tensors)
+        return self._traced(node)
+
+    def _first(self, node: fx.Node, key: Hashable, tensors: list[Traced]) -> Any:
+        """Trace a call that may be repeated later."""
+        inputs = [x.current(self._tracer) for x in tensors]
+        last = next(reversed(self._tracer.graph.nodes))
+        result = self._traced(node)
+        added = list(itertools.takewhile(lambda n: n is not last, reversed(self._tracer.graph.nodes)))[::-1]
+        made = template(self._tracer, added, tensors, inputs, result, self._metadata)
+        if made is not None:
+            self._templates[key] = made
+        return result
+
+    def _traced(self, node: fx.Node) -> Any:
+        args, kwargs, known = self._arguments(node)
         with fx.traceback.set_current_meta(node):
-            if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
-                args, kwargs = self.fetch_args_kwargs_from_env(node)
-                return _carry_whole(node.target, args, kwargs)
-            if node.target is torch.amp.autocast_mode._enter_autocast:
-                args, _ = self.fetch_args_kwargs_from_env(node)
-                return self._enter(torch.autocast(*args))  # under make_fx the plain call only leaves a node
-            if node.target is torch.amp.autocast_mode._exit_autocast:
-                return self._leave()
-            if node.target is predispatch._vmap_increment_nesting:
-                self._vmap_depth += 1
-                if self._vmap_depth == 1:
-                    self._enter(_tracing_below_functorch())
-            result = super().run_node(node)
-            if node.target is predispatch._vmap_decrement_nesting:
-                self._vmap_depth -= 1
-                if self._vmap_depth == 0:
-                    self._leave()
-            return result
+            return self._wrap(self._call(node.target, args, kwargs, node.op), known)
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: str) -> Any:
+        if op == "call_method":
+            return self.call_method(target, args, kwargs)
+        if isinstance(target, HigherOrderOperator):
+            return _carry(target, args, kwargs)
+        if target in OPENED:
+            target = OPENED[target]
+        if target is torch.amp.autocast_mode._enter_autocast:
+            self._autocast.append(args)
+            return self._enter(torch.autocast(*args))  # under make_fx the plain call only leaves a node
+        if target is torch.amp.autocast_mode._exit_autocast:
+            self._autocast.pop()
+            return self._leave()
+        if target is predispatch._vmap_increment_nesting:
+            self._vmap_depth += 1
+            if self._vmap_depth == 1:
+                self._enter(_tracing_below_functorch())
+        result = self.call_function(target, args, kwargs)
+        if target is predispatch._vmap_decrement_nesting:
+            self._vmap_depth -= 1
+            if self._vmap_depth == 0:
+                self._leave()
+        return result
+
+    def _arguments(self, node: fx.Node) -> tuple[Any, Any, dict[int, Traced]]:
+        """The real arguments, and the `Traced` of each tensor among them by its id."""
+        known: dict[int, Traced] = {}
+
+        def real(x: Any) -> Any:
+            if type(x) is not Traced:
+                return x
+            tensor = x.real(self._tracer)
+            known[id(tensor)] = x
+            return tensor
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: pytree.tree_map(real, self.env[n]))
+        return args, kwargs, known
+
+    def _wrap(self, result: Any, known: dict[int, Traced]) -> Any:
+        def traced(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            if id(x) in known:
+                return known[id(x)]
+            return Traced(self._metadata.of(x) if self._vmap_depth == 0 else None, x)
+
+        return pytree.tree_map(traced, result)
 
     def _enter(self, region: contextlib.AbstractContextManager[Any]) -> None:
         region.__enter__()
@@ -129,13 +223,17 @@ def _tracing_below_functorch() -> Any:
             torch._ops._set_mode_pre_dispatch(pre_dispatch)
 
 
-def _carry_whole(op: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Emit a higher-order op as it is: make_fx would run or re-trace it, and fails on checkpoint and flex_attention."""
+def _carry(op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Emit a higher-order op as it is, its bodies normalised where their operands are known.
+
+    make_fx would run or re-trace the op, and fails on checkpoint and flex_attention.
+    """
     tracer = _tracer()
-    for body in pytree.tree_leaves((args, kwargs)):
+    opened = _open_bodies(op, args)
+    for body in pytree.tree_leaves((opened, kwargs)):
         if isinstance(body, fx.GraphModule) and not any(body is known for known in tracer.root.children()):
             tracer.root.register_module(f"body_{len(list(tracer.root.children()))}", body)
-    proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (tuple(args), kwargs))
+    proxy_args, proxy_kwargs = pytree.tree_map(tracer.unwrap_proxy, (opened, kwargs))
     with proxy_tensor.disable_proxy_modes_tracing(), proxy_tensor._temp_remove_pre_dispatch_torch_function_mode():
         if op is torch.ops.higher_order.tag_activation_checkpoint:
             result = fx.Interpreter(args[0]).run(*args[1:])  # its eager form wants a context that only AOT makes
@@ -146,26 +244,77 @@ def _carry_whole(op: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str,
     return proxy_tensor.track_tensor_tree(result, proxy, constant=None, tracer=tracer)
 
 
+def _open_bodies(op: HigherOrderOperator, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with every body that can be opened normalised."""
+    if op not in OPERANDS:
+        return args
+    operands = OPERANDS[op](args)
+    return tuple(_open(body, operands) if isinstance(body, fx.GraphModule) else body for body in args)
+
+
+def _open(body: fx.GraphModule, operands: Sequence[Any]) -> fx.GraphModule:
+    """The normalised body; one that several calls share is opened once."""
+    root = _tracer().root
+    for known in root.children():
+        if isinstance(known, fx.GraphModule) and known.meta.get(NORMALISED) is body:
+            return known
+    normal = reenter_make_fx(functools.partial(_interpret, body))(*operands)
+    normal.meta.update(body.meta)
+    normal.meta[NORMALISED] = body
+    _remove_dead_code(normal)
+    root.register_module(f"body_{len(list(root.children()))}", normal)
+    return normal
+
+
+HIGHER = torch.ops.higher_order
+OPERANDS: dict[HigherOrderOperator, Callable[[tuple[Any, ...]], Sequence[Any]]] = {
+    HIGHER.tag_activation_checkpoint: lambda args: args[1:],
+    HIGHER.invoke_subgraph: lambda args: args[2:],
+    HIGHER.cond: lambda args: args[3],
+    HIGHER.while_loop: lambda args: (*args[2], *args[3]),
+}
+"""What the bodies of a higher-order op are called with."""
+
+
 def _tracer() -> Any:
     mode = proxy_tensor.get_proxy_mode()
     assert mode is not None, "only called while make_fx traces"
     return mode.tracer
 
 
-def _mark_requires_grad(graph: fx.Graph, inputs: Sequence[Any]) -> None:
+def _remove_dead_code(normal: fx.GraphModule) -> None:
+    """Erase what nothing reads: weights that are computed and dropped are not in use.
+
+    A call that brings a symbol into the graph stays, and so does an op of someone else's.
+    """
+
+    def is_needed(node: fx.Node) -> bool:
+        ours = not isinstance(node.target, OpOverload) or node.target.namespace in ("aten", "prims")
+        return node.is_impure() or "unbacked_bindings" in node.meta or not ours
+
+    normal.graph.eliminate_dead_code(is_needed)
+
+
+def _mark_requires_grad(normal: fx.GraphModule, inputs: Sequence[bool]) -> None:
     """Set `meta["requires_grad"]`: conservative, since traced values are detached snapshots."""
     enabled = torch.is_grad_enabled()
     rest = iter(inputs)
-    for node in graph.nodes:
+    for node in normal.graph.nodes:
         if node.op == "placeholder":
-            x = next(rest)
-            recorded = isinstance(x, torch.Tensor) and x.requires_grad
+            recorded = next(rest)
         elif node.target is torch._C._set_grad_enabled:
             enabled, recorded = bool(node.args[0]), False
         else:
             differentiable = node.target not in (torch.ops.aten.detach.default, torch.ops.aten.detach_.default)
             recorded = enabled and differentiable and any(x.meta["requires_grad"] for x in node.all_input_nodes)
         node.meta["requires_grad"] = recorded and _is_differentiable(node.meta.get("val"))
+        if node.target in OPERANDS:
+            for body in (getattr(normal, x.target) for x in node.all_input_nodes if x.op == "get_attr"):
+                if isinstance(body, fx.GraphModule):
+                    operands = OPERANDS[node.target](node.args)
+                    with torch.set_grad_enabled(enabled):
+                        _mark_requires_grad(body, [isinstance(x, fx.Node) and x.meta["requires_grad"]
+                                                   for x in operands])
 
 
 def _is_differentiable(value: Any) -> bool:
