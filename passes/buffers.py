@@ -159,6 +159,8 @@ def read_values(tensor: Tensor) -> Reading | None:
         corner = values.flatten()[0]
         if bool((values == corner).all()):
             return Same(corner.item())
+        if bool(corner != corner):
+            return None
         if len(long) == 1:
             return _ramp(values, long[0])
         return _band(values, corner, *long) if len(long) == 2 else None
@@ -178,8 +180,9 @@ def _band(values: Tensor, corner: Tensor, rows: int, columns: int) -> Band | Non
     assert other is not None, "the values are not all the same"
     for inside, outside in ((corner, other), (other, corner)):
         low, high = _diagonals(values, inside)
-        if all(bool((part == torch.where((diagonal >= low) & (diagonal <= high), inside, outside)).all())
-               for diagonal, part in _parts(values)):
+        band = ((part, torch.where((diagonal >= low) & (diagonal <= high), inside, outside))
+                for diagonal, part in _parts(values))
+        if low <= high and all(bool((part == expected).all()) for part, expected in band):
             height, width = values.shape
             return Band(rows, columns, None if low == 1 - height else low, None if high == width - 1 else high,
                         inside.item(), outside.item())
@@ -187,10 +190,13 @@ def _band(values: Tensor, corner: Tensor, rows: int, columns: int) -> Band | Non
 
 
 def _diagonals(values: Tensor, x: Tensor) -> tuple[int, int]:
-    """The first and the last diagonal that holds `x`."""
-    found = [diagonal[part == x] for diagonal, part in _parts(values)]
-    bounds = [(int(d.min()), int(d.max())) for d in found if d.numel()]
-    return min(low for low, _ in bounds), max(high for _, high in bounds)
+    """The first and the last diagonal that holds `x`; none holds NaN."""
+    low, high = values.shape[1], -values.shape[0]
+    for diagonal, part in _parts(values):
+        found = diagonal[part == x]
+        if found.numel():
+            low, high = min(low, int(found.min())), max(high, int(found.max()))
+    return low, high
 
 
 def _parts(values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

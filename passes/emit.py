@@ -45,7 +45,7 @@ def is_condition_on(condition: Any, symbol: sympy.Symbol, leaves: Mapping[str, f
     return is_writable(condition.lhs, symbol, leaves) and is_writable(condition.rhs, symbol, leaves)
 
 
-def is_writable(expr: sympy.Expr, symbol: sympy.Symbol, leaves: Mapping[str, fx.Node]) -> bool:
+def is_writable(expr: Any, symbol: sympy.Symbol, leaves: Mapping[str, fx.Node]) -> bool:
     """Whether this expression can be written as a tensor over batch rows and `symbol` (KEY or QUERY) alone, or as a
     number."""
     if expr.free_symbols & ({HEAD, QUERY, KEY} - {symbol}) or is_boolean(expr) or expr == BATCH:
@@ -61,7 +61,7 @@ def is_writable(expr: sympy.Expr, symbol: sympy.Symbol, leaves: Mapping[str, fx.
         rows = [arg for arg in moving if arg == BATCH]
         positions = [arg for arg in moving if _is_position(arg, symbol, leaves)]
         return moving == [*rows, *positions] and len(rows) <= 1 and len(positions) <= 1
-    return isinstance(expr, tuple(ARITHMETIC)) and all(is_writable(arg, symbol, leaves) for arg in expr.args)
+    return type(expr) in ARITHMETIC and all(is_writable(arg, symbol, leaves) for arg in expr.args)
 
 
 def _is_position(expr: sympy.Expr, symbol: sympy.Symbol, leaves: Mapping[str, fx.Node]) -> bool:

@@ -230,8 +230,10 @@ class _Arguments:
 
     def _simplify(self, part: sympy.Basic) -> sympy.Basic:
         """A part without comparisons that always or never hold."""
-        if isinstance(part, sympy.And | sympy.Or):
-            return part.func(*(self._simplify(x) for x in part.args))
+        if isinstance(part, sympy.And):
+            return sympy.And(*(self._simplify(x) for x in part.args))
+        if isinstance(part, sympy.Or):
+            return sympy.Or(*self._widest([self._simplify(x) for x in part.args]))
         linear = self._linear(part)
         if linear is None:
             return part
@@ -241,7 +243,18 @@ class _Arguments:
             return sympy.true
         return sympy.false if self.reader.is_nonpositive(1 - difference) else part
 
-    def _linear(self, part: sympy.Basic) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None:
+    def _widest(self, choices: list[sympy.Basic]) -> list[sympy.Basic]:
+        """The choices of a disjunction without bounds that imply another."""
+        bounds = {choice: linear for choice in choices if (linear := self._linear(choice)) is not None}
+
+        def is_implied(choice: sympy.Basic) -> bool:
+            a, b, c = bounds[choice]
+            return any(other != choice and (a, b) == (x, y) and z != c and self.reader.is_nonpositive(z - c)
+                       for other, (x, y, z) in bounds.items())
+
+        return [choice for choice in choices if choice not in bounds or not is_implied(choice)]
+
+    def _linear(self, part: Any) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None:
         """(a, b, c) where an inequality over whole numbers means a * k + b * q + c <= 0, with c made of sizes."""
         if not isinstance(part, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
             return None

@@ -610,9 +610,16 @@ def _squeeze(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) ->
 
 
 def _slice(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
-    dim = a["dim"] % len(index)
-    start = _start(a["start"] if a["start"] is not None else 0, shape(a["self"])[dim], shape(node)[dim])
-    return reader.at(a["self"], (*index[:dim], start + _number(value(a["step"])) * index[dim], *index[dim + 1:]))
+    dim, step = a["dim"] % len(index), _number(value(a["step"]))
+    size, kept = shape(a["self"])[dim], shape(node)[dim]
+    start, end = (value(x) for x in (0 if a["start"] is None else a["start"], a["end"]))
+    if same(size, kept):
+        first: sympy.Expr = _ZERO
+    elif end is not None and statically_known_true(end >= 0) and same(kept, end - start):
+        first = _number(start)  # were it negative, fewer would be kept
+    else:
+        first = _start(start, size)
+    return reader.at(a["self"], (*index[:dim], first + step * index[dim], *index[dim + 1:]))
 
 
 def _narrow(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
@@ -627,15 +634,13 @@ def _select(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> 
     return reader.at(a["self"], (*index[:dim], _start(a["index"], sizes[dim]), *index[dim:]))
 
 
-def _start(given: Any, size: Any, kept: Any = None) -> sympy.Expr:
-    """A position in a dim, counted from its front. A slice that keeps everything starts at 0."""
+def _start(given: Any, size: Any) -> sympy.Expr:
+    """A position in a dim, counted from its front."""
     position = value(given)
     if statically_known_true(position >= 0):
-        return _ZERO if kept is not None and same(size, kept) else _number(position)
+        return _number(position)
     if statically_known_true(position < 0) and statically_known_true(position + size >= 0):
         return _number(position + size)
-    if kept is not None and same(size, kept):
-        return _ZERO
     raise _Leaf
 
 
