@@ -30,7 +30,16 @@ from torch.utils._sympy.functions import Min
 from sparsify.passes.buffers import Buffer, watch
 from sparsify.passes.emit import is_condition_on, is_writable
 from sparsify.passes.graph import expression, is_tensor, shape
-from sparsify.passes.reader import Limits, TensorReader, Value, Where, WrittenInPlace, as_condition, branches
+from sparsify.passes.reader import (
+    Limits,
+    TensorReader,
+    Value,
+    Where,
+    WrittenInPlace,
+    as_condition,
+    branches,
+    is_boolean,
+)
 from sparsify.passes.site import (
     BATCH,
     HEAD,
@@ -99,14 +108,14 @@ def _prove(reader: TensorReader, site: AttentionSite, limits: Limits) -> _Proof 
     single = {symbol: sympy.Integer(0) for symbol, size in limits.items() if size == 1}
     reader.within({symbol: size for symbol, size in limits.items() if symbol not in single})
     found = _Arguments(reader, limits)
-    carried = []
+    terms = [replace(term, index=tuple(sympy.sympify(x).subs(single) for x in term.index)) for term in site.masks]
     try:
-        for i, term in enumerate(site.masks):
-            term = replace(term, index=tuple(sympy.sympify(x).subs(single) for x in term.index))
-            if not _take_term(reader, term, found):
-                carried.append(i)
+        carried = [i for i, term in enumerate(terms) if term.kind != "gate" and not _take_term(reader, term, found)]
         if site.is_causal:
-            found.take((KEY <= QUERY).subs(single))
+            found.take_all([(KEY <= QUERY).subs(single)])
+        for term in terms:
+            if term.kind == "gate":
+                _check_gate(reader, term, found)
     except _NoMask as why:
         return str(why)
     return _Proof(found.proof(), carried)
@@ -139,6 +148,28 @@ def _check_fill(reader: TensorReader, term: MaskTerm) -> None:
     for x in branches(fill):
         if not (x.is_number and x * term.factor <= HIDDEN):
             raise _NoMask(f"hidden scores become {_short(x * term.factor)}, which is not low enough to hide them")
+
+
+def _check_gate(reader: TensorReader, term: MaskTerm, found: "_Arguments") -> None:
+    """A gate is 1 wherever the other terms leave a score visible, and finite elsewhere: then it changes nothing."""
+    try:
+        x = _ones_of(reader.at(term.tensor, term.index))
+    except WrittenInPlace as why:
+        raise _NoMask(str(why)) from None
+    if x is None or not all(found.implies(part) for part in _conjuncts(x)):
+        raise _NoMask("the scores are scaled by a tensor over queries and keys")
+
+
+def _ones_of(x: Value) -> sympy.Basic | None:
+    """Where a value is 1, if it is 0 elsewhere."""
+    if isinstance(x, Where):
+        yes, no = _ones_of(x.yes), _ones_of(x.no)
+        if yes is None or no is None:
+            return None
+        return sympy.Or(sympy.And(x.condition, yes), sympy.And(sympy.Not(x.condition), no))
+    if is_boolean(x):
+        return x
+    return sympy.true if x == 1 else sympy.false if x == 0 else None
 
 
 def _short(x: sympy.Basic) -> str:
@@ -185,11 +216,17 @@ class _Arguments:
         self.keys: list[sympy.Basic] = []
         self.queries: list[sympy.Basic] = []
         self.documents: tuple[sympy.Expr, sympy.Expr] | None = None
+        self._seen: set[sympy.Basic] = set()
 
     def take_all(self, parts: Sequence[sympy.Basic]) -> bool:
         """Take every part that an argument can say; whether that is all."""
         taken = [self.take(part) for part in parts]
+        self._seen.update(parts)
         return all(taken)
+
+    def implies(self, part: sympy.Basic) -> bool:
+        """Whether a part holds wherever the terms that were taken leave a score visible."""
+        return part in self._seen or self._simplify(part) == sympy.true
 
     def take(self, part: sympy.Basic) -> bool:
         """Take a part of the condition; False if no argument can say it."""

@@ -109,6 +109,8 @@ def _compare(values, sizes, proven, arguments):
     meant = _effect(site.masks, values, names, visible.shape) + top_left
     ours = _effect(proven.mask.carried, values, names, visible.shape).masked_fill(~visible, -torch.inf)
     assert torch.equal(meant <= HIDDEN, ours <= HIDDEN)
+    for term in site.masks:
+        assert term.kind != "gate" or bool((_met(term, values, names, visible.shape) == 1)[meant > HIDDEN].all())
     torch.testing.assert_close(meant.masked_fill(meant <= HIDDEN, 0), ours.masked_fill(ours <= HIDDEN, 0))
     return told
 
@@ -117,15 +119,20 @@ def _effect(terms, values, names, shape):
     """What the terms make of scores of zero."""
     scores = torch.zeros(shape, dtype=torch.float64)
     for term in terms:
-        tensor = values[term.tensor]
-        index = tuple(torch.as_tensor(_evaluate(sympy.sympify(x), names)).expand(shape) for x in term.index)
-        met = tensor[index] if index else tensor
+        met = _met(term, values, names, shape)
         if term.kind == "add":
             scores = scores + met.double() * term.factor
-        else:
+        elif term.kind != "gate":
             fill = float(values[term.fill] if isinstance(term.fill, torch.fx.Node) else term.fill) * term.factor
             scores = torch.where(met.bool() == (term.kind == "keep"), scores, fill)
     return scores
+
+
+def _met(term, values, names, shape):
+    """The element of the term's tensor that each score meets."""
+    tensor = values[term.tensor]
+    index = tuple(torch.as_tensor(_evaluate(sympy.sympify(x), names)).expand(shape) for x in term.index)
+    return tensor[index] if index else tensor
 
 
 def _evaluate(expr, names):
@@ -640,6 +647,24 @@ def test_a_fill_counts_with_the_factors_after_it():
     function = Proven(attend_by_hand(lambda s: s * 0.5, -1e9, causal))
     function.call(*qkv(9))
     assert str(function.mask) == "causal"
+
+
+def gated(gate, hide):
+    def attend(q, k, v):
+        hidden = -1e4 * (1 - hide(q, k, None).float())
+        return torch.softmax((q @ k.mT) * gate(q, k, None).float() + hidden, -1) @ v
+
+    return attend
+
+
+def test_scores_multiplied_by_their_own_mask():
+    function = Proven(gated(causal, causal))
+    function.call(*qkv(9))
+    assert str(function.mask) == "causal"
+    for gate in (strictly_causal, off_by_one, prefix, bias):
+        function = Proven(gated(gate, causal))
+        function.call(*qkv(9))
+        assert "scaled by a tensor" in function.sites[0].why
 
 
 def test_is_causal_is_top_left_when_lengths_differ():
