@@ -27,6 +27,8 @@ from torch._dynamo.source import ChainedSource, GlobalSource
 from torch._guards import Guard, Source, TracingContext
 from torch._subclasses import FakeTensor
 
+from sparsify.passes.graph import mutations
+
 ELEMENTS_AT_ONCE = 2**22
 """How much of a buffer is read at a time: a causal mask of 16K tokens is 256 MiB, its diagonals eight times that."""
 
@@ -79,11 +81,14 @@ def buffers_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Nod
     context = TracingContext.try_get()
     if context is None or context.guards_context.skip_install:
         return {}
+    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+    written = {_storage(inputs[node]) for node in mutations(gm.graph) if isinstance(inputs.get(node), Tensor)}
     found = {}
-    for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+    for node, x in inputs.items():
         symbolic = context.tensor_to_context.get(x) if isinstance(x, Tensor) else None
         source = getattr(symbolic, "tensor_source", None)
-        if source is not None and _outlives_calls(source) and _is_readable(x):
+        if (source is not None and _outlives_calls(source) and _is_readable(x) and _storage(x) not in written
+                and not _is_counter(x)):
             found[node] = Buffer(x, source)
     return found
 
@@ -145,6 +150,15 @@ def _is_readable(x: Any) -> bool:
     """A plain tensor with values and a count of the writes to it; weights are no masks."""
     return (type(x) in (Tensor, nn.Parameter, nn.Buffer) and not isinstance(x, FakeTensor) and not x.requires_grad
             and not x.is_inference() and x.layout == torch.strided and x.device.type != "meta" and not x.is_complex())
+
+
+def _is_counter(x: Tensor) -> bool:
+    """Whether this may be a position or a length that moves with every call: a guard on it would compile every time."""
+    return x.numel() == 1 and not x.is_floating_point()
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 def read_values(tensor: Tensor) -> Reading | None:

@@ -105,9 +105,7 @@ class TensorReader:
         """An operand, broadcast to the result that is read at `index`."""
         if not is_tensor(x):
             return _number(value(x))
-        sizes = shape(x)
-        own = index[len(index) - len(sizes):]
-        return self.at(x, tuple(_ZERO if _is_one(size) else i for size, i in zip(sizes, own, strict=True)))
+        return self.at(x, _broadcast(x, index))
 
     def leaf(self, node: fx.Node, index: Index) -> sympy.Basic:
         """An element by its name. Raises WrittenInPlace where the tensor is written to later."""
@@ -120,6 +118,10 @@ class TensorReader:
         assume = {"integer": True} if whole else {"real": True}
         symbol = sympy.Function(node.name, **assume)(*index) if index else sympy.Symbol(node.name, **assume)
         return sympy.Ne(symbol, 0) if tensor.dtype == torch.bool else symbol
+
+    def is_flag(self, leaf: AppliedUndef) -> bool:
+        """Whether a leaf is an element of a bool tensor: 0 or 1."""
+        return bool(value(self.leaves[leaf.func.__name__]).dtype == torch.bool)
 
     def is_stale(self, node: fx.Node, reader: fx.Node) -> bool:
         """Whether `node`, read anew at `reader`, may hold something else than when its users before that read it."""
@@ -209,7 +211,7 @@ def _shape_env(graph: fx.Graph) -> ShapeEnv | None:
 
 
 def _equal_nodes(graph: fx.Graph, writes: Mapping[fx.Node, Any]) -> dict[fx.Node, fx.Node]:
-    """The first node of those that compute the same: same op, same arguments, no randomness, no in-place writes."""
+    """The first node of those that compute the same: same op, same arguments, no randomness, nothing written to."""
     first: dict[Any, fx.Node] = {}
     equal: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -218,7 +220,8 @@ def _equal_nodes(graph: fx.Graph, writes: Mapping[fx.Node, Any]) -> dict[fx.Node
         if node.op == "call_function" and isinstance(held, torch.SymInt):
             key = held.node.expr
         elif (isinstance(node.target, OpOverload) and is_tensor(node) and not node.target._schema.is_mutable
-              and torch.Tag.nondeterministic_seeded not in node.target.tags and storage_root(node) not in writes):
+              and torch.Tag.nondeterministic_seeded not in node.target.tags
+              and not any(storage_root(x) in writes for x in (node, *node.all_input_nodes))):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: equal.get(n, n))
             key = (node.target, _hashable(args), _hashable(dict(kwargs)), held.dtype)
         try:
@@ -243,6 +246,13 @@ _EXACT_FLOATS = 2**53
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
+
+
+def _broadcast(node: fx.Node, index: Index) -> Index:
+    """The index of an operand of the result that is read at `index`."""
+    sizes = shape(node)
+    own = index[len(index) - len(sizes):]
+    return tuple(_ZERO if _is_one(size) else i for size, i in zip(sizes, own, strict=True))
 
 
 def _number(x: Any) -> sympy.Basic:
@@ -319,6 +329,9 @@ def _relation(kind: Any, left: sympy.Expr, right: sympy.Expr) -> sympy.Basic:
     """A comparison. Of a distance, a minimum or a maximum it becomes comparisons of their arguments."""
     difference = left - right
     if kind in (sympy.Eq, sympy.Ne):
+        if right == 0 and isinstance(left, sympy.Mul) and left.is_integer:
+            join = sympy.Or if kind is sympy.Eq else sympy.And
+            return join(*(kind(factor, 0) for factor in left.args))
         return kind(left, right)
     choices = [x for x in sympy.Add.make_args(difference)
                if isinstance(x.as_coeff_Mul()[1], _CHOICES) and not x.is_number]
@@ -463,9 +476,21 @@ def _compare(kind: Any) -> Reader:
         return _relation(kind, left, right)
 
     def read(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
-        return _lift(compare, *(_as_number(reader.operand(x, index)) for x in node.args[:2]))
+        operands = [reader.operand(x, index) for x in node.args[:2]]
+        if kind in (sympy.Eq, sympy.Ne):
+            operands = [_unchosen(reader, x, y, index) for x, y in zip(node.args, operands, strict=False)]
+        return _lift(compare, *map(_as_number, operands))
 
     return read
+
+
+def _unchosen(reader: TensorReader, node: Any, x: Value, index: Index) -> Value:
+    """An operand of an equality as one element, where it is a choice between elements: equal ids are a document."""
+    if isinstance(x, sympy.Ne) and isinstance(x.lhs, AppliedUndef) and x.rhs == 0 and reader.is_flag(x.lhs):
+        return x.lhs
+    if not isinstance(x, Where) or all(branch.is_number for branch in branches(x)):
+        return x
+    return reader.leaf(reader.first(node), _broadcast(node, index))
 
 
 def _is_exact(x: sympy.Expr) -> bool:

@@ -369,6 +369,20 @@ def packed_chunks(q, k, pad):
     return packed_documents(q[None, None], k[None, None, :, None], pad) & (q // 4 == k // 4)
 
 
+def documents_of_padded_rows(q, k, pad):
+    document = pad.long().cumsum(-1).masked_fill(~pad, 0)
+    return (document[:, None, : q.shape[2], None] == document[:, None, None]) & pad[:, None, None]
+
+
+def documents_of_two(q, k, pad):
+    return pad[:, None, : q.shape[2], None] == pad[:, None, None]
+
+
+def both_padded(q, k, pad):
+    pad = pad.int().cumsum(-1) - 1  # no flags: any number may be there
+    return (pad[:, None, : q.shape[2], None] * pad[:, None, None]).bool()
+
+
 def query_padding(q, k, pad):
     return pad[:, None, : q.shape[2], None] & causal(q, k, pad)
 
@@ -423,6 +437,9 @@ PROVEN = {
     packed_documents: "causal; documents",
     packed_positions: "documents",
     equal_documents_by_difference: "documents",
+    documents_of_padded_rows: "documents",
+    documents_of_two: "documents",
+    both_padded: "documents",
     query_padding: "causal; documents",
     documents_and_query_padding: "causal; documents",
 }
@@ -851,6 +868,40 @@ def test_a_buffer_that_the_graph_writes_to_is_not_read():
     function = Proven(module)
     function.call(*qkv(9))
     assert not isinstance(function.sites[0], ProvenSite) or function.mask.carried
+
+
+def test_a_buffer_that_the_graph_writes_to_by_another_name_is_not_read():
+    class Aliased(Buffered):
+        def forward(self, q, k, v):
+            self.alias[3].fill_(True)
+            return super().forward(q, k, v)
+
+    module = Aliased(TRIL.bool().clone(), lambda m, q, k: m[:q, :k])
+    module.alias = module.mask[:]
+    function = Proven(module)
+    inputs = qkv(9)
+    function.call(*inputs)
+    assert not isinstance(function.sites[0], ProvenSite) or function.mask.carried
+
+
+def test_a_counter_is_not_a_constant():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("position", torch.tensor(4))
+
+        def forward(self, q, k, v):
+            keep = torch.arange(k.shape[2]) <= self.position
+            return F.scaled_dot_product_attention(q, k, v, keep[None, None, None])
+
+    module = Cached()
+    function = Proven(module)
+    for _ in range(3):
+        inputs = qkv(1, 9)
+        torch.testing.assert_close(function.call(*inputs), module(*inputs))
+        module.position += 1
+    assert str(function.mask).startswith("keys where")
+    assert function.graphs == 1
 
 
 def test_values_are_read_as_what_they_are():
