@@ -31,9 +31,12 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sparsify.passes.flex import add_shadow, drop_useless_shadows
 from sparsify.passes.fused import OPENED
 from sparsify.passes.replay import Metadata, Template, Traced, Unrepeatable, key_of, template
 
+OURS = ("aten", "prims")
+"""Namespaces of ops that do nothing but return their result, unless their schema says so."""
 NORMALISED = "normalised"
 """Marks the body of a higher-order op that was opened: `meta[NORMALISED]` is the body as Dynamo made it."""
 
@@ -241,7 +244,10 @@ def _carry(op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any
             with torch.no_grad():
                 result = op(*args, **kwargs)
     proxy = tracer.create_proxy("call_function", op, proxy_args, proxy_kwargs)
-    return proxy_tensor.track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+    proxy_tensor.track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+    if op is HIGHER.flex_attention:
+        add_shadow(tracer, args, result)
+    return result
 
 
 def _open_bodies(op: HigherOrderOperator, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -285,13 +291,16 @@ def _tracer() -> Any:
 def _remove_dead_code(normal: fx.GraphModule) -> None:
     """Erase what nothing reads: weights that are computed and dropped are not in use.
 
-    A call that brings a symbol into the graph stays, and so does an op of someone else's.
+    A call that brings a symbol into the graph stays, and so do an op of someone else's and the shadows of flex.py.
     """
 
     def is_needed(node: fx.Node) -> bool:
-        ours = not isinstance(node.target, OpOverload) or node.target.namespace in ("aten", "prims")
-        return node.is_impure() or "unbacked_bindings" in node.meta or not ours
+        if "unbacked_bindings" in node.meta or "stands_for" in node.meta:
+            return True
+        return node.is_impure() or (isinstance(node.target, OpOverload) and node.target.namespace not in OURS)
 
+    normal.graph.eliminate_dead_code(is_needed)
+    drop_useless_shadows(normal.graph)
     normal.graph.eliminate_dead_code(is_needed)
 
 

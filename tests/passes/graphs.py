@@ -83,6 +83,8 @@ def qkv(q_len: int, kv_len: int | None = None, batch: int = 2, heads: int = 4, k
 class _OpArguments(TorchDispatchMode):
     """Records the arguments of every sparsify op that runs."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, ...]] = []
