@@ -4,14 +4,14 @@
     k, v      [B, Hkv, S, D], [B, Hkv, S, Dv]     as q; query head h reads KV head h // (H // Hkv)
     kept      [B, H, blocks of 128 rows, capacity]  int32 lists of 64-key blocks, see `KeptLists`
     counts    [B, H, blocks of 128 rows]            int32
-    key_mask  [B or 1, S]       bool, True where the key may be attended, or None
+    masks     see kernels/masks.py; every one of them
     out       [B, H, L, Dv]     in the dtype of q, in memory [B, L, H, Dv]
-    lse       [B, H, L]         float32, natural log of the row's sum; a row that sees no key: zeros and -inf
-    key j is visible to query i when j <= i + causal_offset (None: always)
+    lse       [B, H, L]         float32, natural log of the row's sum, sink included; a row that sees no key: zeros
+                                and, without a sink, -inf
     errors    none here: the op (sparsify/ops) checks shapes and dtypes
 
-The blocks that need a mask (the diagonal, a ragged end, padding ids) are the last entries of a list: the main loop has
-no mask. With a key mask every block is masked.
+Under causality alone the blocks that need a mask (the diagonal, a ragged end, padding ids) are the last entries of a
+list: the main loop has no mask. Under anything else every block is masked.
 
 Source: FlashAttention-2 (arXiv 2307.08691) over a list of blocks.
 """
@@ -22,15 +22,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK
+from sparsify.kernels.masks import Masks
+from sparsify.kernels.scores import LOG2_E, finish_scores, first_peak, read_documents, score_arguments
 
 REGISTERS = 255  # all of them; left alone, ptxas took 32 for wide float32 heads and spilled the rest
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _attend_block(query, k_tile, v_tile, key_mask, weighted, peak, total, key_block, last_key, S, stride_ks, stride_vs,
-                  stride_mask, scale_log2, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                  D_PAD: tl.constexpr, DV_PAD: tl.constexpr, MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
+def _attend_block(query, k_tile, v_tile, key_mask, weighted, peak, total, key_block, row_inside, last_key, S,
+                  stride_ks, stride_vs, stride_mask, scale_log2, window, row_documents, key_documents, attn_mask,
+                  stride_ms, stride_mt, cap_log2, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                  D_PAD: tl.constexpr, DV_PAD: tl.constexpr, MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+                  PLAIN: tl.constexpr, WINDOWED: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
+                  CAPPED: tl.constexpr):
     """One step of the online softmax: the 64 keys of `key_block`; `k_tile` and `v_tile` point to those of block 0."""
     keys = key_block * BLOCK + tl.arange(0, BLOCK)
     inside = keys < S
@@ -47,10 +51,19 @@ def _attend_block(query, k_tile, v_tile, key_mask, weighted, peak, total, key_bl
         key_values = tl.load(k_tile)
     scores = tl.dot(query, key_values, input_precision="ieee")
     if MASKED:
-        visible = keys[None, :] <= last_key[:, None]
+        shown = inside
         if HAS_KEY_MASK:
-            visible &= (tl.load(key_mask + keys * stride_mask, inside, other=0) != 0)[None, :]
-        scores = tl.where(visible, scores, -float("inf"))
+            shown &= tl.load(key_mask + keys * stride_mask, inside, other=0) != 0
+        if PLAIN:
+            visible = keys[None, :] <= last_key[:, None]
+            if HAS_KEY_MASK:
+                visible &= shown[None, :]
+            scores = tl.where(visible, scores, -float("inf"))
+        else:
+            scores = finish_scores(scores * scale_log2, row_inside, last_key, key_block, keys, shown, window,
+                                   row_documents, key_documents, attn_mask, stride_ms, stride_mt, cap_log2, WINDOWED,
+                                   HAS_DOCUMENTS, MASK, CAPPED)
+            scale_log2 = 1.0
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
     shrink = tl.exp2(peak - new_peak)
     weights = tl.exp2(scores * scale_log2 - new_peak[:, None])
@@ -65,13 +78,17 @@ def _attend_block(query, k_tile, v_tile, key_mask, weighted, peak, total, key_bl
     return weighted, new_peak, total
 
 
-@triton.jit(do_not_specialize=["list_capacity", "query_blocks", "H", "GROUP", "L", "S", "offset"])
+@triton.jit(do_not_specialize=["list_capacity", "query_blocks", "H", "GROUP", "L", "S", "offset", "window"])
 def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
                             stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
                             stride_vb, stride_vh, stride_vs, stride_vd, stride_mask_batch, stride_mask,
                             list_capacity, query_blocks, H, GROUP, L, S, offset, scale_log2,
+                            window, query_documents, key_documents, stride_query_documents, stride_key_documents,
+                            attn_mask, stride_mb, stride_mh, stride_ms, stride_mt, cap_log2, sinks,
                             ROWS: tl.constexpr, QUERY_BLOCK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
-                            DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
+                            DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+                            PLAIN: tl.constexpr, WINDOWED: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+                            MASK: tl.constexpr, CAPPED: tl.constexpr, HAS_SINKS: tl.constexpr):
     # Late query blocks of a causal head are the heavy ones: first.
     parts = query_blocks * (QUERY_BLOCK // ROWS)
     head_row = tl.program_id(0) // parts
@@ -93,7 +110,7 @@ def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
     query = tl.load(q + rows.to(tl.int64)[:, None] * stride_qs + dims[None, :] * stride_qd,
                     row_inside[:, None] & (dims < D)[None, :], other=0.0)
 
-    last_key = tl.minimum(rows + offset, S - 1)
+    last_key = tl.minimum(rows + offset, S - 1) if PLAIN else rows + offset
     block_row = head_row * query_blocks + first_row // QUERY_BLOCK
     key_blocks = kept + block_row.to(tl.int64) * list_capacity
     count = tl.load(counts + block_row)
@@ -106,18 +123,26 @@ def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
     if HAS_KEY_MASK:
         unmasked = count * 0
 
-    # The floor keeps a row finite that sees no key: its weights are exp2(-inf) = 0.
-    peak = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    row_documents = read_documents(query_documents, stride_query_documents, batch, rows, row_inside, HAS_DOCUMENTS)
+    key_documents += batch.to(tl.int64) * stride_key_documents
+    attn_mask += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh + first_row.to(tl.int64) * stride_ms
+    peak, total = first_peak(sinks, head, ROWS, HAS_SINKS)
     weighted = tl.zeros([ROWS, DV_PAD], tl.float32)
-    for entry in tl.range(0, unmasked):
-        weighted, peak, total = _attend_block(
-            query, k_tile, v_tile, key_mask, weighted, peak, total, tl.load(key_blocks + entry), last_key, S,
-            stride_ks, stride_vs, stride_mask, scale_log2, BLOCK, D, DV, D_PAD, DV_PAD, False, HAS_KEY_MASK)
+    if PLAIN:
+        for entry in tl.range(0, unmasked):
+            weighted, peak, total = _attend_block(
+                query, k_tile, v_tile, key_mask, weighted, peak, total, tl.load(key_blocks + entry), row_inside,
+                last_key, S, stride_ks, stride_vs, stride_mask, scale_log2, window, row_documents, key_documents,
+                attn_mask, stride_ms, stride_mt, cap_log2, BLOCK, D, DV, D_PAD, DV_PAD, False, HAS_KEY_MASK, PLAIN,
+                WINDOWED, HAS_DOCUMENTS, MASK, CAPPED)
+    else:
+        unmasked = count * 0
     for entry in tl.range(unmasked, count):
         weighted, peak, total = _attend_block(
-            query, k_tile, v_tile, key_mask, weighted, peak, total, tl.load(key_blocks + entry), last_key, S,
-            stride_ks, stride_vs, stride_mask, scale_log2, BLOCK, D, DV, D_PAD, DV_PAD, True, HAS_KEY_MASK)
+            query, k_tile, v_tile, key_mask, weighted, peak, total, tl.load(key_blocks + entry), row_inside,
+            last_key, S, stride_ks, stride_vs, stride_mask, scale_log2, window, row_documents, key_documents,
+            attn_mask, stride_ms, stride_mt, cap_log2, BLOCK, D, DV, D_PAD, DV_PAD, True, HAS_KEY_MASK, PLAIN,
+            WINDOWED, HAS_DOCUMENTS, MASK, CAPPED)
 
     weighted = weighted / tl.where(total > 0, total, 1.0)[:, None]
     row_lse = (peak + tl.log2(total)) * 0.6931471805599453
@@ -126,17 +151,19 @@ def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
     tl.store(lse + head_row.to(tl.int64) * L + rows, row_lse, row_inside)
 
 
-def _configuration(widest: int, itemsize: int, shared_memory: int) -> tuple[int, int, int]:
+def _configuration(widest: int, itemsize: int, shared_memory: int, mask_itemsize: int) -> tuple[int, int, int]:
     """Rows of a program, warps and stages for the wider of the padded head dims; measured on an H100 (README.md).
 
     64 rows fit the registers of four warps. Heads wider than 128 want 128 rows, where shared memory allows that.
-    float32 products run on ordinary cores, out of registers: few rows.
+    float32 products run on ordinary cores, out of registers: few rows. A mask tensor (`mask_itemsize` above 0) is
+    staged beside keys and values, and wants the registers of eight warps: with four, 64 rows spilled 0.9 KB.
     """
     if itemsize == 4:
         return (16, 4, 1) if widest > 128 else (32, 8, 1)
-    rows, warps = (QUERY_BLOCK, 8) if widest > 128 and shared_memory >= 192 * 1024 else (64, 4)
-    stage = 2 * KEY_BLOCK * widest * itemsize
-    return rows, warps, max(1, min(3, (shared_memory - rows * widest * itemsize) // stage))
+    rows, warps = (QUERY_BLOCK, 8) if widest > 128 and shared_memory >= 192 * 1024 and not mask_itemsize else (64, 4)
+    stage = 2 * KEY_BLOCK * widest * itemsize + rows * KEY_BLOCK * mask_itemsize
+    stages = max(1, min(3, (shared_memory - rows * widest * itemsize) // stage))
+    return (rows, 8, min(2, stages)) if mask_itemsize else (rows, warps, stages)
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -148,8 +175,9 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
-                           causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+                           masks: Masks) -> tuple[Tensor, Tensor]:
     """Launch `_block_sparse_attention`; arguments as above."""
+    causal_offset, key_mask = masks.causal_offset, masks.key_mask
     q, scale = positive_scale(q, scale)
     B, H, L, D = q.shape
     Hkv, S = k.shape[1:3]
@@ -161,15 +189,17 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     # A tile of values narrower than 128 bytes that is not copied asynchronously gets a wrong descriptor from
     # Triton 3.6.0: its product reads past the end of shared memory.
     DV_PAD = max(16 if q.element_size() == 4 else 64, triton.next_power_of_2(DV))
-    rows, warps, stages = _configuration(max(D_PAD, DV_PAD), q.element_size(), _shared_memory(q.device))
+    rows, warps, stages = _configuration(max(D_PAD, DV_PAD), q.element_size(), _shared_memory(q.device),
+                                          0 if masks.attn_mask is None else masks.attn_mask.element_size())
     mask_strides = (0, 0) if key_mask is None else (key_mask.stride(0) * (len(key_mask) > 1), key_mask.stride(1))
+    extras, constants = score_arguments(masks, q)
     _block_sparse_attention[(B * H * query_blocks * (QUERY_BLOCK // rows),)](
         q, k, v, kept, counts, q if key_mask is None else key_mask, out, lse, *q.stride(), *k.stride(), *v.stride(),
         *mask_strides, kept.shape[3], query_blocks, H, H // Hkv, L, S,
         S if causal_offset is None else causal_offset,  # at an offset of S every row sees every key
-        scale * LOG2_E, ROWS=rows, QUERY_BLOCK=QUERY_BLOCK, BLOCK=KEY_BLOCK, D=D, DV=DV, D_PAD=D_PAD, DV_PAD=DV_PAD,
-        HAS_KEY_MASK=key_mask is not None, num_warps=warps, num_stages=stages,
-        maxnreg=REGISTERS)
+        scale * LOG2_E, *extras, ROWS=rows, QUERY_BLOCK=QUERY_BLOCK, BLOCK=KEY_BLOCK, D=D, DV=DV, D_PAD=D_PAD,
+        DV_PAD=DV_PAD, HAS_KEY_MASK=key_mask is not None, PLAIN=masks.is_plain, **constants, num_warps=warps,
+        num_stages=stages, maxnreg=REGISTERS)
     return out.transpose(1, 2), lse
 
 

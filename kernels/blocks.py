@@ -120,7 +120,7 @@ def cut_blocks(masks: Masks, q_len: int, kv_len: int, device: torch.device) -> T
 def block_kinds(masks: Masks, q_len: int, kv_len: int, device: torch.device) -> Tensor:
     """HIDDEN, WHOLE or CUT: uint8 [B or 1, query blocks, key blocks]; what kernels read where masks are not plain."""
     kinds = torch.where(cut_blocks(masks, q_len, kv_len, device), CUT, WHOLE)
-    return torch.where(allowed_blocks(masks, q_len, kv_len, device), kinds, HIDDEN).byte()
+    return torch.where(allowed_blocks(masks, q_len, kv_len, device), kinds, HIDDEN).byte().contiguous()
 
 
 def block_bias(masks: Masks, kv_len: int, dtype: torch.dtype = torch.float32) -> Tensor | None:

@@ -34,6 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsify.kernels.attend import positive_scale
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, TILE
+from sparsify.kernels.masks import Masks
 
 STAGES = 2  # K and V tiles in flight; a third changed nothing (-6 .. +4 %, noise) and would need O to share Q's room
 LEVELS = 256  # list lengths the queue tells apart
@@ -338,7 +339,7 @@ def _fill_queue(counts, queue, cursors, rows, pair_capacity, LEVELS: tl.constexp
 
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
-                           causal_offset: int | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+                           masks: Masks) -> tuple[Tensor, Tensor]:
     """Launch `_block_sparse_attention`; arguments as above, covered by `why_not`."""
     q, scale = positive_scale(q, scale)
     B, H, L, D = q.shape
@@ -354,13 +355,13 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     _block_sparse_attention[(programs,)](
         describe(q), describe(k), describe(v), describe(out), lse, kept.view(torch.int64), queue, cursors[LEVELS:],
         blocks, pair_capacity, query_blocks, H, H // Hkv, L, S,
-        S if causal_offset is None else causal_offset,  # every row of an offset of S sees every key
+        S if masks.causal_offset is None else masks.causal_offset,  # every row of an offset of S sees every key
         scale * LOG2_E, STAGES=STAGES, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, D=D,
         WARPGROUP_REGISTERS=WARPGROUP_REGISTERS, LOADER_REGISTERS=LOADER_REGISTERS, num_warps=4, maxnreg=REGISTERS)
     return out, lse
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, causal_offset: int | None, key_mask: Tensor | None) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str | None:
     """Why this call is not covered, in one sentence; None if it is."""
     if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
         return "the device is not a Hopper GPU"
@@ -368,7 +369,9 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, causal_offset: int | None, key_mask
         return f"the dtype is {q.dtype}, not float16 or bfloat16"
     if not q.shape[3] == v.shape[3] or q.shape[3] not in (64, 128):
         return f"the head dims are {q.shape[3]} and {v.shape[3]}, not both 64 or both 128"
-    if key_mask is not None:
+    if not masks.is_plain:
+        return "scores meet more than causality: a window, documents, a mask tensor, a soft cap or sinks"
+    if masks.key_mask is not None:
         return "keys are masked one by one"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not _is_describable(tensor):

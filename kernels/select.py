@@ -2,11 +2,11 @@
 
     q         [B, H, L, D]      fp16, bf16 or fp32; any strides
     k         [B, Hkv, S, D]    as q; query head h reads KV head h // (H // Hkv)
-    key_mask  [B or 1, S]       bool, True where the key may be attended, or None
+    masks     see kernels/masks.py; every one of them
     peaks     [B, H, blocks of 128 rows, blocks of 64 keys]  float32, the largest share of attention that any row of
                                 the query block gives the key block, as the split summaries estimate it; boundary
                                 blocks exact; 0 where nothing is visible
-    kept, counts                see `KeptLists`; key j is visible to query i when j <= i + causal_offset (None: always)
+    kept, counts                see `KeptLists`
     errors    none here: the op (sparsify/ops) checks shapes, dtypes and ranges
 
 Peaks need every row's sum over all its blocks before the first share is known. One sweep over the summaries leaves
@@ -14,10 +14,14 @@ each block's mass, relative to the row's largest score so far, in a scratch that
 long); a second sweep reads it back and takes the maximum over rows. That is 7 exponentials and a square root per row
 and block (m = 6), and no logarithm.
 
+Masks that are not plain have a kernel of their own, which reads the kind of every block from a map (`block_kinds`):
+the plain one knows where the causal edge is and has no use for it.
+
 Source: this project's own (ARCHITECTURE.md, "selection"): absolute tolerance on estimated row maxima.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -25,14 +29,24 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.kernels.attend import positive_scale
-from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, KeptLists, SplitSummaries, capacity, count_blocks
+from sparsify.kernels.blocks import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    KeptLists,
+    SplitSummaries,
+    block_bias,
+    block_kinds,
+    capacity,
+    count_blocks,
+)
+from sparsify.kernels.masks import Masks
+from sparsify.kernels.scores import LOG2_E, cap_scores, finish_scores, first_peak, read_documents, score_arguments
 from sparsify.kernels.statistics import summarise_keys
 
 STAGES = 2  # summary vectors in flight
 PACK_WARPS = 4
 REGISTERS = 255  # all of them; left alone, ptxas took 32 for float32 and spilled the rest
 PROGRAMS_PER_MULTIPROCESSOR = 2  # one computes exponentials while the other waits for vectors
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -52,11 +66,13 @@ def _load_vectors(vectors, vector, inside, MASKED: tl.constexpr, PADDED: tl.cons
 
 @triton.jit
 def _weigh_chunk(query, squared, singles, mean, variance, single_stride, blocks, inside, single_keys, log2_count, peak,
-                 scale_log2, SINGLES: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr, D: tl.constexpr,
-                 D_PAD: tl.constexpr, MASKED: tl.constexpr):
+                 scale_log2, cap_log2, bias, SINGLES: tl.constexpr, STAGES: tl.constexpr, CHUNK: tl.constexpr,
+                 D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
+                 BIASED: tl.constexpr):
     """Masses of a chunk of key blocks for every row, relative to exp2 of the peak that comes back with them.
 
     MASKED: blocks outside `inside` weigh nothing, and a block has `single_keys` singles. Else: all blocks are whole.
+    CAPPED and BIASED go with MASKED; `bias` [rows, CHUNK] is in units of log2.
     """
     dims = tl.arange(0, D_PAD)
     vector = blocks[None, :] * D + dims[:, None]
@@ -73,13 +89,24 @@ def _weigh_chunk(query, squared, singles, mean, variance, single_stride, blocks,
         log2_count = tl.where(inside, log2_count, -float("inf"))[None, :]
     gain = tl.where(spread < double, 0.5 * spread, tl.sqrt(double * spread) - 0.5 * double)
     mass = tl.zeros([query.shape[0], CHUNK], tl.float32)
-    mass, peak = _add_mass(mass, peak, center * scale_log2 + (gain + log2_count), 1.0)
+    if CAPPED:
+        middle = cap_scores(center * scale_log2 + gain, cap_log2) + log2_count
+    else:
+        middle = center * scale_log2 + (gain + log2_count)
+    if BIASED:
+        middle += bias
+    mass, peak = _add_mass(mass, peak, middle, 1.0)
     for single in tl.range(0, SINGLES, num_stages=STAGES):
         keys = _load_vectors(singles + single * single_stride, vector, loaded, MASKED, PADDED)
         scores = tl.dot(query, keys, input_precision="ieee")
         if MASKED:
             hidden = tl.where(inside & (single < single_keys), 0.0, -float("inf"))
-            mass, peak = _add_mass(mass, peak, scores * scale_log2 + hidden[None, :], 1.0)
+            scores = scores * scale_log2
+            if CAPPED:
+                scores = cap_scores(scores, cap_log2)
+            if BIASED:
+                scores += bias
+            mass, peak = _add_mass(mass, peak, scores + hidden[None, :], 1.0)
         else:
             mass, peak = _add_mass(mass, peak, scores, scale_log2)
     return mass, peak
@@ -135,7 +162,7 @@ def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_
             old_peak = peak
             mass, peak = _weigh_chunk(query, squared, singles + rest_head * SINGLES, mean + rest_head,
                                       variance + rest_head, single_stride, blocks, blocks >= 0, 0, log2_count, peak,
-                                      scale_log2, SINGLES, STAGES, CHUNK, D, D_PAD, False)
+                                      scale_log2, 0.0, 0.0, SINGLES, STAGES, CHUNK, D, D_PAD, False, False, False)
             total = total * tl.exp2(old_peak - peak) + tl.sum(mass, 1)
             tl.store(scratch + chunk * (ROWS * CHUNK) + tile, mass.to(scratch.dtype.element_ty))
             tl.store(scratch_peaks + chunk * ROWS + local_rows, peak)
@@ -153,7 +180,8 @@ def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_
             old_peak = peak
             mass, peak = _weigh_chunk(query, squared, singles + rest_head * SINGLES, mean + rest_head,
                                       variance + rest_head, single_stride, blocks, inside, single_keys, log2_counts,
-                                      peak, scale_log2, SINGLES, STAGES, CHUNK, D, D_PAD, True)
+                                      peak, scale_log2, 0.0, 0.0, SINGLES, STAGES, CHUNK, D, D_PAD, True, False,
+                                      False)
             total = total * tl.exp2(old_peak - peak) + tl.sum(mass, 1)
             tl.store(scratch + chunk * (ROWS * CHUNK) + tile, mass.to(scratch.dtype.element_ty))
             tl.store(scratch_peaks + chunk * ROWS + local_rows, peak)
@@ -194,23 +222,129 @@ def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_
         tl.debug_barrier()  # and the next query block writes them anew
 
 
+@triton.jit(do_not_specialize=["query_blocks", "key_blocks", "units", "H", "GROUP", "L", "S", "offset", "window"])
+def _estimate_masked_peaks(q, k, key_mask, kinds, bias, singles, mean, variance, single_count, rest_count, peaks,
+                           scratch, scratch_peaks,
+                           stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+                           stride_mask_batch, stride_mask, stride_kinds_batch, stride_bb, stride_bh, stride_bs,
+                           stride_count_batch, query_blocks, key_blocks, units, H, GROUP, L, S, offset, scale_log2,
+                           spread_scale,
+                           window, query_documents, key_documents, stride_query_documents, stride_key_documents,
+                           attn_mask, stride_mb, stride_mh, stride_ms, stride_mt, cap_log2, sinks,
+                           SINGLES: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                           CHUNK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+                           BIASED: tl.constexpr, WINDOWED: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+                           MASK: tl.constexpr, CAPPED: tl.constexpr, HAS_SINKS: tl.constexpr):
+    dims = tl.arange(0, D_PAD)
+    dim_inside = dims < D
+    columns = tl.arange(0, CHUNK)
+    in_block = tl.arange(0, BLOCK)
+    local_rows = tl.arange(0, ROWS)
+    chunks = tl.cdiv(key_blocks, CHUNK)
+    scratch += tl.program_id(0).to(tl.int64) * chunks * (ROWS * CHUNK)
+    scratch_peaks += tl.program_id(0).to(tl.int64) * chunks * ROWS
+    tile = local_rows[:, None] * CHUNK + columns[None, :]
+
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
+        heads = units // query_blocks
+        query_block = query_blocks - 1 - unit // heads
+        head_row = unit % heads
+        batch, head = head_row // H, head_row % H
+        rows = query_block * ROWS + local_rows
+        row_inside = rows < L
+        last_key = rows + offset
+        q_head = q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+        k_head = k + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
+        query = tl.load(q_head + rows.to(tl.int64)[:, None] * stride_qs + dims[None, :] * stride_qd,
+                        row_inside[:, None] & dim_inside[None, :], other=0.0)
+        spread_query = query.to(tl.float32) * spread_scale
+        squared = (spread_query * spread_query).to(query.dtype)
+        rest_head = (batch * (H // GROUP) + head // GROUP).to(tl.int64) * key_blocks * D
+        out = peaks + (head_row * query_blocks + query_block).to(tl.int64) * key_blocks
+        kinds_at = kinds + batch.to(tl.int64) * stride_kinds_batch + query_block.to(tl.int64) * key_blocks
+        bias_at = bias + batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh
+        row_documents = read_documents(query_documents, stride_query_documents, batch, rows, row_inside, HAS_DOCUMENTS)
+        document_keys = key_documents + batch.to(tl.int64) * stride_key_documents
+        mask_rows = (attn_mask + batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+                     + query_block.to(tl.int64) * ROWS * stride_ms)
+
+        peak, total = first_peak(sinks, head, ROWS, HAS_SINKS)
+        for chunk in range(0, chunks):
+            blocks = chunk * CHUNK + columns
+            exists = blocks < key_blocks
+            kind = tl.load(kinds_at + blocks, exists, other=0).to(tl.int32)
+            most = tl.max(kind, 0)
+            if most > 0:  # not wholly hidden
+                bias_tile = 0.0
+                if BIASED:
+                    bias_tile = tl.load(bias_at + rows.to(tl.int64)[:, None] * stride_bs + blocks[None, :],
+                                        row_inside[:, None] & exists[None, :], other=0.0) * 1.4426950408889634
+                counts_at = batch * stride_count_batch + blocks
+                single_keys = tl.load(single_count + counts_at, exists, other=0)
+                log2_counts = tl.log2(tl.load(rest_count + counts_at, exists, other=0).to(tl.float32))
+                old_peak = peak
+                mass, peak = _weigh_chunk(query, squared, singles + rest_head * SINGLES, mean + rest_head,
+                                          variance + rest_head, key_blocks * D, blocks, kind == 1, single_keys,
+                                          log2_counts, peak, scale_log2, cap_log2, bias_tile, SINGLES, STAGES, CHUNK,
+                                          D, D_PAD, True, CAPPED, BIASED)
+                for column in range(0, tl.where(most == 2, CHUNK, 0)):  # blocks seen in part: their own keys
+                    block = chunk * CHUNK + column
+                    if tl.load(kinds_at + block, block < key_blocks, other=0).to(tl.int32) == 2:
+                        keys = block * BLOCK + in_block
+                        shown = keys < S
+                        key_tile = tl.load(k_head + keys.to(tl.int64)[None, :] * stride_ks + dims[:, None] * stride_kd,
+                                           shown[None, :] & dim_inside[:, None], other=0.0)
+                        if HAS_KEY_MASK:
+                            mask_at = key_mask + batch.to(tl.int64) * stride_mask_batch + keys * stride_mask
+                            shown &= tl.load(mask_at, shown, other=0) != 0
+                        scores = finish_scores(tl.dot(query, key_tile, input_precision="ieee") * scale_log2,
+                                               row_inside, last_key, block, keys, shown, window, row_documents,
+                                               document_keys, mask_rows, stride_ms, stride_mt, cap_log2, WINDOWED,
+                                               HAS_DOCUMENTS, MASK, CAPPED)
+                        new_peak = tl.maximum(peak, tl.max(scores, 1))
+                        own = tl.sum(tl.exp2(scores - new_peak[:, None]), 1)
+                        mass = tl.where(columns[None, :] == column, own[:, None],
+                                        mass * tl.exp2(peak - new_peak)[:, None])
+                        peak = new_peak
+                total = total * tl.exp2(old_peak - peak) + tl.sum(mass, 1)
+                tl.store(scratch + chunk * (ROWS * CHUNK) + tile, mass.to(scratch.dtype.element_ty))
+                tl.store(scratch_peaks + chunk * ROWS + local_rows, peak)
+
+        shares = tl.where(row_inside & (total > 0), 1.0 / total, 0.0)
+        tl.debug_barrier()  # masses may come back to other threads than wrote them
+        for chunk in range(0, chunks):
+            blocks = chunk * CHUNK + columns
+            exists = blocks < key_blocks
+            highest = tl.zeros([CHUNK], tl.float32)
+            if tl.max(tl.load(kinds_at + blocks, exists, other=0).to(tl.int32), 0) > 0:
+                mass = tl.load(scratch + chunk * (ROWS * CHUNK) + tile).to(tl.float32)
+                weight = tl.exp2(tl.load(scratch_peaks + chunk * ROWS + local_rows) - peak) * shares
+                highest = tl.max(mass * weight[:, None], 0)
+            tl.store(out + blocks, highest, exists)
+        tl.debug_barrier()  # and the next query block writes them anew
+
+
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "list_capacity", "H", "L", "offset", "sinks", "local",
                                "tolerance", "max_density"])
-def _pack_lists(peaks, single_count, rest_count, kept, counts, stride_count_batch, query_blocks, key_blocks,
-                list_capacity, H, L, offset, tolerance, max_density, sinks, local,
-                ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def _pack_lists(peaks, single_count, rest_count, kinds, kept, counts, stride_count_batch, stride_kinds_batch,
+                query_blocks, key_blocks, list_capacity, H, L, offset, tolerance, max_density, sinks, local,
+                ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr):
     row = tl.program_id(0)
     query_block = row % query_blocks
     batch = row // query_blocks // H
     blocks = tl.arange(0, WIDTH)
     inside = blocks < key_blocks
-    counts_at = batch * stride_count_batch + blocks
-    keys = tl.load(single_count + counts_at, inside, other=0) + tl.load(rest_count + counts_at, inside, other=0)
     peak = tl.load(peaks + row.to(tl.int64) * key_blocks + blocks, inside, other=0.0)
 
     first_row = query_block * ROWS
-    last_row = tl.minimum(first_row + ROWS, L) - 1
-    allowed = inside & (keys > 0) & (blocks * BLOCK <= last_row + offset)
+    if PLAIN:
+        counts_at = batch * stride_count_batch + blocks
+        keys = tl.load(single_count + counts_at, inside, other=0) + tl.load(rest_count + counts_at, inside, other=0)
+        last_row = tl.minimum(first_row + ROWS, L) - 1
+        allowed = inside & (keys > 0) & (blocks * BLOCK <= last_row + offset)
+    else:
+        kinds += batch.to(tl.int64) * stride_kinds_batch + query_block.to(tl.int64) * key_blocks
+        allowed = tl.load(kinds + blocks, inside, other=0) != 0
     boundary = tl.maximum((first_row + offset + 1) >> 6, 0)  # the first; an arithmetic shift is a floor
     sink = tl.cumsum(allowed.to(tl.int32), 0) <= sinks
     near = (blocks >= boundary - local) & (boundary < key_blocks)
@@ -238,33 +372,36 @@ def _pack_lists(peaks, single_count, rest_count, kept, counts, stride_count_batc
     tl.store(counts + row, even)
 
 
-def select_blocks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
-                  tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> KeptLists:
+def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance: float, max_density: float, sinks: int,
+                  local: int, singles: int) -> KeptLists:
     """Summaries, peaks, kept lists; arguments as above and in `sparsify.plan.Budget`."""
     B, H, L, _ = q.shape
     S = k.shape[2]
     q, k = _fit(q), _fit(k)
-    summaries = summarise_keys(k, singles, key_mask)
-    peaks = _launch_peaks(q, k, summaries, scale, causal_offset, key_mask)
+    summaries = summarise_keys(k, singles, masks.key_mask)
+    kinds = None if masks.is_plain else block_kinds(masks, L, S, q.device)
+    peaks = _launch_peaks(q, k, summaries, scale, masks, kinds)
     query_blocks, key_blocks = peaks.shape[2:]
     kept = torch.empty(B, H, query_blocks, capacity(key_blocks), dtype=torch.int32, device=q.device)
     counts = torch.empty(B, H, query_blocks, dtype=torch.int32, device=q.device)
     _pack_lists[(counts.numel(),)](
-        peaks, summaries.single_count, summaries.rest_count, kept, counts, _count_stride(summaries), query_blocks,
-        key_blocks, kept.shape[3], H, L, _offset(causal_offset, S), tolerance, max_density, sinks, local,
-        ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=triton.next_power_of_2(key_blocks), num_warps=PACK_WARPS)
+        peaks, summaries.single_count, summaries.rest_count, peaks if kinds is None else kinds, kept, counts,
+        _count_stride(summaries), _batch_stride(kinds), query_blocks, key_blocks, kept.shape[3], H, L,
+        _offset(masks.causal_offset, S), tolerance, max_density, sinks, local, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK,
+        WIDTH=triton.next_power_of_2(key_blocks), PLAIN=kinds is None, num_warps=PACK_WARPS)
     return KeptLists(kept, counts)
 
 
-def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, causal_offset: int | None, key_mask: Tensor | None,
-                    singles: int) -> Tensor:
+def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles: int) -> Tensor:
     """Peaks alone, for calibration and tests; arguments as above."""
     q, k = _fit(q), _fit(k)
-    return _launch_peaks(q, k, summarise_keys(k, singles, key_mask), scale, causal_offset, key_mask)
+    kinds = None if masks.is_plain else block_kinds(masks, q.shape[2], k.shape[2], q.device)
+    return _launch_peaks(q, k, summarise_keys(k, singles, masks.key_mask), scale, masks, kinds)
 
 
-def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float, causal_offset: int | None,
-                  key_mask: Tensor | None) -> Tensor:
+def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float, masks: Masks,
+                  kinds: Tensor | None) -> Tensor:
+    """Launch `_estimate_peaks`, or with the kinds of all blocks `_estimate_masked_peaks`."""
     B, H, L, D = q.shape
     Hkv, S = k.shape[1:3]
     q, scale = positive_scale(q, scale)
@@ -274,20 +411,37 @@ def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float,
     programs = min(units, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(q.device))
     chunk, warps = _configuration(q.element_size())
     chunks = count_blocks(key_blocks, chunk)
-    # Masses are at most singles + 1: half precision keeps eleven bits of every share above 6e-5.
+    # Masses are at most singles + 1, or a block's keys: half precision keeps eleven bits of every share above 6e-5.
     mass_type = torch.float32 if q.element_size() == 4 else torch.float16
     scratch = torch.empty(programs, chunks, QUERY_BLOCK, chunk, dtype=mass_type, device=q.device)
     scratch_peaks = torch.empty(programs, chunks, QUERY_BLOCK, dtype=torch.float32, device=q.device)
     peaks = torch.empty(B, H, query_blocks, key_blocks, dtype=torch.float32, device=q.device)
+    key_mask = masks.key_mask
     mask_strides = (0, 0) if key_mask is None else (key_mask.stride(0) * (len(key_mask) > 1), key_mask.stride(1))
-    _estimate_peaks[(programs,)](
-        q, k, k if key_mask is None else key_mask, *summaries, peaks, scratch, scratch_peaks, *q.stride(), *k.stride(),
-        *mask_strides, _count_stride(summaries), query_blocks, key_blocks, units, H, H // Hkv, L, S,
-        _offset(causal_offset, S), scale * LOG2_E, scale * math.sqrt(LOG2_E), _log2(KEY_BLOCK - singles),
-        _log2(S % KEY_BLOCK - singles), SINGLES=singles, STAGES=STAGES, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=chunk,
-        D=D, D_PAD=max(16, triton.next_power_of_2(D)), HAS_KEY_MASK=key_mask is not None, num_warps=warps,
-        num_stages=1, maxnreg=REGISTERS)
+    inputs = (q, k, k if key_mask is None else key_mask)
+    results = (*summaries, peaks, scratch, scratch_peaks, *q.stride(), *k.stride(), *mask_strides)
+    sizes = (query_blocks, key_blocks, units, H, H // Hkv, L, S, _offset(masks.causal_offset, S), scale * LOG2_E,
+             scale * math.sqrt(LOG2_E))
+    constants: dict[str, Any] = {
+        "SINGLES": singles, "STAGES": STAGES, "ROWS": QUERY_BLOCK, "BLOCK": KEY_BLOCK, "CHUNK": chunk, "D": D,
+        "D_PAD": max(16, triton.next_power_of_2(D)), "HAS_KEY_MASK": key_mask is not None, "num_warps": warps,
+        "num_stages": 1, "maxnreg": REGISTERS}
+    if kinds is None:
+        _estimate_peaks[(programs,)](*inputs, *results, _count_stride(summaries), *sizes, _log2(KEY_BLOCK - singles),
+                                     _log2(S % KEY_BLOCK - singles), **constants)
+        return peaks
+    bias = block_bias(masks, S)
+    bias_strides = (0, 0, 0) if bias is None else tuple(bias.stride(i) * (bias.shape[i] > 1) for i in range(3))
+    extras, extra_constants = score_arguments(masks, q)
+    _estimate_masked_peaks[(programs,)](*inputs, kinds, q if bias is None else bias, *results, _batch_stride(kinds),
+                                        *bias_strides, _count_stride(summaries), *sizes, *extras, **constants,
+                                        BIASED=bias is not None, **extra_constants)
     return peaks
+
+
+def _batch_stride(kinds: Tensor | None) -> int:
+    """From one batch's kinds to the next; 0 where all share one."""
+    return 0 if kinds is None or len(kinds) == 1 else kinds.stride(0)
 
 
 def _fit(x: Tensor) -> Tensor:

@@ -1,17 +1,23 @@
 """What the kernel tests share: inputs as models pass them, and random kept lists."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.kernels import blocks, oracle, rule
+from sparsify.kernels.masks import Masks
 from tests.numerics import assert_as_good_as_torch, attention_units
+from tests.ops.cases import draw_extras
 
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes of one attention call; `padding` draws a key mask with holes and a masked-out first block."""
+    """Shapes of one attention call; `padding` draws a key mask with holes and a masked-out first block.
+
+    `extras` are what else the scores meet, see `draw_extras`.
+    """
 
     B: int
     H: int
@@ -22,10 +28,12 @@ class Case:
     Dv: int
     causal_offset: int | None
     padding: bool = False
+    extras: tuple[int | str, ...] = ()
 
     def __str__(self) -> str:
         mask = f"{self.causal_offset:+d}" if self.causal_offset is not None else "full"
-        return f"{self.L}x{self.S}-h{self.H}/{self.Hkv}-d{self.D}/{self.Dv}-{mask}{'-padded' * self.padding}"
+        extras = "".join(f"-{extra}" for extra in self.extras)
+        return f"{self.L}x{self.S}-h{self.H}/{self.Hkv}-d{self.D}/{self.Dv}-{mask}{'-padded' * self.padding}{extras}"
 
     @property
     def blocks(self) -> int:
@@ -48,13 +56,22 @@ def key_mask(rng: torch.Generator, case: Case) -> Tensor | None:
     return shown
 
 
-def random_lists(rng: torch.Generator, case: Case, mask: Tensor | None, density: float) -> blocks.KeptLists:
+def draw_masks(rng: torch.Generator, case: Case) -> Masks:
+    return Masks(case.causal_offset, key_mask=key_mask(rng, case),
+                 **draw_extras(rng, (case.B, case.H, case.L, case.S), case.extras))
+
+
+def named(masks: Masks) -> dict[str, Any]:
+    """As the oracle takes them."""
+    return {field.name: getattr(masks, field.name) for field in fields(Masks)}
+
+
+def random_lists(rng: torch.Generator, case: Case, masks: Masks, density: float) -> blocks.KeptLists:
     """Lists that obey the contract, of about this density."""
-    sizes = (case.L, case.S, case.causal_offset, mask, rng.device)
-    allowed = blocks.allowed_blocks(*sizes)
+    allowed = blocks.allowed_blocks(masks, case.L, case.S, rng.device)
     peaks = torch.rand(case.B, case.H, *allowed.shape[1:], generator=rng, device=rng.device)
     kept = rule.keep(peaks, q_len=case.L, kv_len=case.S, tolerance=1 - density, max_density=1.0, sinks=1, local=1,
-                       causal_offset=case.causal_offset, key_mask=mask)
+                     masks=masks)
     return rule.pack(kept, peaks, allowed)
 
 
@@ -62,18 +79,27 @@ def assert_attention_is_right(attend, rng: torch.Generator, case: Case, dtype: t
                               scale: float = 0.3) -> None:
     """Run `attend` on random inputs and lists; compare out and lse with float64 over the same lists."""
     q, k, v = qkv(rng, case, dtype)
-    mask = key_mask(rng, case)
-    lists = random_lists(rng, case, mask, density)
-    call = {"scale": scale, "causal_offset": case.causal_offset, "key_mask": mask}
-    out, lse = attend(q, k, v, *lists, **call)
+    masks = draw_masks(rng, case)
+    lists = random_lists(rng, case, masks, density)
+    call = {"scale": scale, **named(masks)}
+    out, lse = attend(q, k, v, *lists, scale=scale, masks=masks)
     kept = rule.unpack(lists, case.blocks)
     exact, exact_lse = oracle.attention(q.double(), k.double(), v.double(), **call, kept=kept)
     plain, _ = oracle.attention(q, k, v, **call, kept=kept)
     _, plain_lse = oracle.attention(q.float(), k.float(), v.float(), **call, kept=kept)
     assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
     assert lse.dtype == torch.float32 and lse.is_contiguous()
-    assert_as_good_as_torch(out, plain, exact, attention_units(q, k, scale))
+    assert_as_good_as_torch(out, plain.to(dtype), exact, attention_units(q, k, scale) + bias_units(masks))
     # exp2 and log2 of the GPU are good to two units each, on numbers of the size of the scores.
-    assert_as_good_as_torch(lse, plain_lse, exact_lse, units=8)
-    blind = exact_lse == -torch.inf
-    assert (out[blind] == 0).all() and (lse[blind] == -torch.inf).all()
+    largest = float(exact_lse[exact_lse.isfinite()].abs().max())
+    units = 8 + bias_units(masks) + attention_units(q, k, scale) / max(largest, 1e-6)
+    assert_as_good_as_torch(lse, plain_lse, exact_lse, units)
+    blind = (exact == 0).all(-1)
+    assert (out[blind] == 0).all()
+    if masks.sink_logits is None:
+        assert (lse[blind] == -torch.inf).all()
+
+
+def bias_units(masks: Masks) -> float:
+    """Rounding units that a bias adds: scores have its size."""
+    return 0.0 if masks.bias is None else float(masks.bias[masks.bias.isfinite()].abs().max())

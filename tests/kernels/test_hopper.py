@@ -5,6 +5,7 @@ import torch
 from kernel_cases import Case, assert_attention_is_right, qkv
 
 from sparsify.kernels.hopper import block_sparse_attention, why_not
+from sparsify.kernels.masks import Masks
 
 on_hopper = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
                                reason="needs a Hopper GPU")
@@ -28,7 +29,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_forward_is_as_good_as_torch(case, dtype, density, rng, poisoned_memory):
     q, k, v = qkv(rng, case, dtype)
-    assert why_not(q, k, v, case.causal_offset, None) is None
+    assert why_not(q, k, v, Masks(case.causal_offset)) is None
     assert_attention_is_right(block_sparse_attention, rng, case, dtype, density, scale=case.D**-0.5)
 
 
@@ -43,8 +44,8 @@ def test_scale_may_have_any_sign(scale, rng):
 @on_hopper
 def test_wrong_offset_is_noticed(rng):
     """The twin: one key more or less on the diagonal is beyond the tolerance."""
-    def one_off(q, k, v, kept, counts, *, causal_offset, **call):
-        return block_sparse_attention(q, k, v, kept, counts, causal_offset=causal_offset - 1, **call)
+    def one_off(q, k, v, kept, counts, *, masks, **call):
+        return block_sparse_attention(q, k, v, kept, counts, masks=Masks(masks.causal_offset - 1), **call)
     with pytest.raises(AssertionError, match="error"):
         assert_attention_is_right(one_off, rng, CASES[1], torch.float16, density=0.5)
 
@@ -53,12 +54,16 @@ def test_wrong_offset_is_noticed(rng):
 @on_hopper
 def test_what_is_not_covered_is_said(rng, device):
     q, k, v = qkv(rng, Case(1, 2, 1, 64, 64, 64, 64, 0), torch.float16)
-    assert "float32" in why_not(q.float(), k.float(), v.float(), 0, None)
-    assert "head dims" in why_not(q[..., :32], k[..., :32], v[..., :32], 0, None)
-    assert "masked" in why_not(q, k, v, 0, torch.ones(1, 64, dtype=torch.bool, device=device))
-    assert "k has strides" in why_not(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, 0, None)
+    assert "float32" in why_not(q.float(), k.float(), v.float(), Masks(0))
+    assert "head dims" in why_not(q[..., :32], k[..., :32], v[..., :32], Masks(0))
+    assert "masked" in why_not(q, k, v, Masks(0, key_mask=torch.ones(1, 64, dtype=torch.bool, device=device)))
+    ids = torch.zeros(1, 64, dtype=torch.int64, device=device)
+    for more in (Masks(0, window=9), Masks(0, softcap=5.0), Masks(query_documents=ids, key_documents=ids),
+                 Masks(0, attn_mask=q[:, :1, :, :1]), Masks(0, sink_logits=q[0, :, 0, 0])):
+        assert "more than causality" in why_not(q, k, v, more)
+    assert "k has strides" in why_not(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, Masks(0))
 
 
 def test_other_devices_are_refused():
     q = torch.zeros(1, 1, 64, 64, dtype=torch.float16)
-    assert why_not(q, q, q, 0, None) == "the device is not a Hopper GPU"
+    assert why_not(q, q, q, Masks(0)) == "the device is not a Hopper GPU"

@@ -1,8 +1,10 @@
 """Selection keeps what the float64 rule keeps, save blocks whose peak is within rounding of the tolerance."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from kernel_cases import Case, key_mask, qkv
+from kernel_cases import Case, draw_masks, named, qkv
 
 from sparsify.kernels import blocks, oracle, rule
 from sparsify.kernels.select import estimated_peaks, select_blocks
@@ -17,40 +19,50 @@ SMALL = [
     Case(2, 2, 1, 70, 333, 32, 32, 263, padding=True),
     Case(1, 1, 1, 40, 4200, 16, 16, None),  # more than one chunk of key blocks
 ]
+MASKED = [
+    Case(1, 2, 1, 200, 500, 16, 16, 300, extras=(170,)),
+    Case(1, 2, 1, 257, 700, 16, 16, 443, extras=(330, "cap", "sinks")),
+    Case(2, 2, 1, 200, 333, 16, 16, None, padding=True, extras=("documents",)),
+    Case(2, 2, 2, 130, 400, 16, 16, 270, padding=True, extras=("bias", "cap")),
+    Case(1, 2, 1, 70, 1300, 16, 16, None, extras=("alibi", "sinks")),
+    Case(2, 2, 1, 300, 200, 16, 16, -100, extras=(150, "documents", "bool", "cap", "sinks")),
+]
 LARGE = [
     Case(1, 8, 2, 4096, 4096, 128, 128, 0),
     Case(2, 4, 1, 513, 9000, 64, 64, 9000 - 513),
     Case(1, 4, 4, 777, 5555, 128, 128, None),
     Case(2, 4, 2, 700, 2900, 80, 80, 2200, padding=True),
     Case(2, 6, 3, 1024, 500, 96, 96, -100),
+    Case(1, 4, 2, 2000, 5000, 128, 128, 3000, extras=(1500, "sinks")),
+    Case(2, 4, 2, 900, 2900, 64, 64, None, padding=True, extras=("documents", "cap")),
+    Case(2, 4, 4, 513, 2777, 128, 128, None, extras=("bias",)),
 ]
 RULE = {"sinks": 1, "local": 1}
 
 
-def reference(q, k, case, mask, singles, scale):
-    return oracle.peaks(oracle.estimated_shares(q, k, singles=singles, scale=scale, causal_offset=case.causal_offset,
-                                                key_mask=mask))
+def reference(q, k, masks, singles, scale):
+    return oracle.peaks(oracle.estimated_shares(q, k, singles=singles, scale=scale, **named(masks)))
 
 
-def check(rng, case, dtype, *, tolerance, max_density=1.0, singles=6, off_by=0):
+def check(rng, case, dtype, *, tolerance, max_density=1.0, singles=6, **changed):
+    """`changed` fields of the masks are what the kernel is told instead of the truth."""
     q, k, _ = qkv(rng, case, dtype, spread=1.5)
-    mask = key_mask(rng, case)
+    masks = draw_masks(rng, case)
     scale = case.D**-0.5
-    call = {"scale": scale, "key_mask": mask, "singles": singles,
-            "causal_offset": case.causal_offset if not off_by else case.causal_offset + off_by}
+    call = {"scale": scale, "masks": replace(masks, **changed), "singles": singles}
     peaks = estimated_peaks(q, k, **call)
-    exact = reference(q.double(), k.double(), case, mask, singles, scale)
-    plain = reference(q, k, case, mask, singles, scale)
-    error, band = judge(peaks, plain, exact, units=16)
+    exact = reference(q.double(), k.double(), masks, singles, scale)
+    plain = reference(q, k, masks, singles, scale)
+    error, band = judge(peaks.to(dtype), plain.to(dtype), exact, units=16)
     assert error <= band, f"peaks: error {error:.3g}, allowed {band:.3g}"
 
     lists = select_blocks(q, k, **call, tolerance=tolerance, max_density=max_density, **RULE)
-    assert_lists_obey(lists, exact, band, case, mask, tolerance, max_density)
+    assert_lists_obey(lists, exact, band, case, masks, tolerance, max_density)
 
 
-def assert_lists_obey(lists, exact, band, case, mask, tolerance, max_density):
+def assert_lists_obey(lists, exact, band, case, masks, tolerance, max_density):
     device = exact.device
-    allowed = blocks.allowed_blocks(case.L, case.S, case.causal_offset, mask, device)
+    allowed = blocks.allowed_blocks(masks, case.L, case.S, device)
     boundary = blocks.boundary_blocks(case.L, case.S, case.causal_offset, device)
     forced = blocks.forced_blocks(allowed, boundary, **RULE)[:, None]
     allowed = allowed[:, None].expand_as(exact)
@@ -75,7 +87,7 @@ def assert_lists_obey(lists, exact, band, case, mask, tolerance, max_density):
     assert ((exact >= best_left - 2 * band) | ~extra).all(), "the even fill is not the best block left"
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize("case", [*SMALL, *MASKED], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_selection_follows_the_float64_rule(case, dtype, rng, poisoned_memory):
     check(rng, case, dtype, tolerance=0.1, max_density=0.7)
@@ -95,7 +107,15 @@ def test_large_selection_follows_the_float64_rule(case, dtype, tolerance, rng, p
     check(rng, case, dtype, tolerance=tolerance, max_density=0.8)
 
 
-def test_wrong_offset_is_noticed(rng):
-    """The twin: a boundary one key off is beyond the tolerance."""
+@pytest.mark.parametrize(("case", "changed"), [
+    (SMALL[4], {"causal_offset": 742}),
+    (MASKED[0], {"window": 169}),
+    (MASKED[1], {"softcap": 0.0}),
+    (MASKED[1], {"sink_logits": None}),
+    (MASKED[2], {"query_documents": None, "key_documents": None}),
+    (MASKED[3], {"attn_mask": None}),
+], ids=str)
+def test_a_wrong_mask_is_noticed(case, changed, rng):
+    """The twin: whatever is left out is beyond the tolerance, and so is a boundary one key off."""
     with pytest.raises(AssertionError):
-        check(rng, SMALL[4], torch.float32, tolerance=0.1, off_by=-1)
+        check(rng, case, torch.float32, tolerance=0.1, **changed)

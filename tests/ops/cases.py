@@ -68,7 +68,7 @@ class Case:
                 key_mask[0] = False
             else:
                 key_mask &= torch.rand(2, kv_len, generator=rng, device=device) > 0.3
-        masks = Masks(causal_offset, key_mask=key_mask, **_draw_extras(rng, device, q_len, kv_len, extras))
+        masks = Masks(causal_offset, key_mask=key_mask, **draw_extras(rng, (2, 4, q_len, kv_len), extras))
         # Peaked like trained attention: with unit queries every block would carry the same share.
         return cls(normal(q_len, 4, head_dims[0]) * 3, normal(kv_len, 2, head_dims[0]), normal(kv_len, 2, head_dims[1]),
                    masks)
@@ -114,8 +114,12 @@ class Case:
         return replace(self, masks=replace(self.masks, **changed))
 
 
-def _draw_extras(rng: torch.Generator, device: torch.device, q_len: int, kv_len: int,
-                 extras: tuple[int | str, ...]) -> dict[str, Any]:
+def draw_extras(rng: torch.Generator, sizes: tuple[int, int, int, int],
+                extras: tuple[int | str, ...]) -> dict[str, Any]:
+    """Fields of `Masks` for a call of these sizes: batch, query heads, q_len, kv_len."""
+    batch, heads, q_len, kv_len = sizes
+    device = rng.device
+
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=rng, device=device)
 
@@ -124,23 +128,23 @@ def _draw_extras(rng: torch.Generator, device: torch.device, q_len: int, kv_len:
         if isinstance(extra, int):
             drawn["window"] = extra
         elif extra == "documents":  # packed one behind the other; their ids ascend by steps of their own
-            drawn["query_documents"] = (uniform(2, q_len) > 0.98).cumsum(1) * 7
+            drawn["query_documents"] = (uniform(batch, q_len) > 0.98).cumsum(1) * 7
             drawn["key_documents"] = (uniform(1, kv_len) > 0.98).cumsum(1).int() * 7
         elif extra == "bias":  # some keys are hidden
-            bias = uniform(2, 4, q_len, kv_len) * 6 - 3
-            drawn["attn_mask"] = bias.masked_fill(uniform(2, 1, q_len, kv_len) > 0.8, -torch.inf)
+            bias = uniform(batch, heads, q_len, kv_len) * 6 - 3
+            drawn["attn_mask"] = bias.masked_fill(uniform(batch, 1, q_len, kv_len) > 0.8, -torch.inf)
         elif extra == "alibi":  # one row for all, expanded, in a dtype of its own
-            slopes = torch.tensor([0.5, 0.125, 0.03125, 2.0], device=device)[:, None, None]
+            slopes = 0.5 ** torch.arange(1, heads + 1, device=device)[:, None, None]
             row = (slopes * torch.arange(-kv_len, 0, device=device)).bfloat16()
-            drawn["attn_mask"] = row.expand(1, 4, q_len, kv_len)
+            drawn["attn_mask"] = row.expand(1, heads, q_len, kv_len)
         elif extra == "bool":  # keys last in memory, and blocks of keys that rows do not see at all
-            shown = (uniform(2, 1, kv_len, q_len) > 0.4).mT
+            shown = (uniform(batch, 1, kv_len, q_len) > 0.4).mT
             shown[:, :, : q_len // 2, 64:128] = False
             drawn["attn_mask"] = shown
         elif extra == "cap":
             drawn["softcap"] = 4.0
         else:
-            drawn["sink_logits"] = uniform(4) * 6
+            drawn["sink_logits"] = uniform(heads) * 6
     return drawn
 
 

@@ -7,8 +7,9 @@ import torch
 
 from sparsify import ops
 from sparsify.errors import OptionError, ShapeError
-from sparsify.kernels import estimate, gather, native, oracle, rule
+from sparsify.kernels import composite, estimate, gather, native, oracle, rule
 from sparsify.kernels.blocks import KEY_BLOCK, KeptLists, allowed_blocks, count_blocks
+from sparsify.kernels.masks import Masks
 from sparsify.ops import attend
 from tests.numerics import assert_as_good_as_torch
 from tests.ops.cases import EXTRAS, MASKS, Case, plain_attention
@@ -39,6 +40,20 @@ def test_exact_attention_is_as_good_as_torch(case, dtype, poisoned_memory):
     out = ops.exact_attention(*case.qkv, *case.arguments, ops.VERSION)
     exact, _ = oracle.attention(*case.double().qkv, **case.named)
     assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_exact_attention_needs_no_compiler(dtype, rng, device, monkeypatch, poisoned_memory):
+    """SDPA with a mask tensor, and the composite where SDPA has no word for it."""
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(composite, "WORKSPACE", 100_000)  # some rows at a time
+    for shape in [*MASKS, *EXTRAS]:
+        case = Case.random(rng, device, *shape).to(dtype)
+        exact, _ = oracle.attention(*case.double().qkv, **case.named)
+        out = ops.exact_attention(*case.qkv, *case.arguments, ops.VERSION)
+        assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
+        out = composite.attention(*case.qkv, scale=case.scale, masks=case.masks)
+        assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,6 +151,16 @@ def test_head_dims(head_dims, rng, device):
     assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
 
 
+@pytest.mark.parametrize("extras", [(), ("cap",), ("sinks",), ("documents", "cap", "sinks")], ids=str)
+def test_heads_of_any_width(extras, rng, device):
+    """Wider than our kernels on a GPU: exact, by whoever can."""
+    case = Case.random(rng, device, 130, 140, 10, "holes", extras, (320, 272))
+    exact, _ = oracle.attention(*case.double().qkv, **case.named)
+    for out in (ops.exact_attention(*case.qkv, *case.arguments, ops.VERSION),
+                ops.adaptive_attention(*case.qkv, *case.arguments, 0.0, *BUDGET.values(), 0, ops.VERSION)):
+        assert_as_good_as_torch(out, plain_attention(case), exact, case.units)
+
+
 def test_nan_is_not_swallowed(rng, device):
     case = Case.random(rng, device, 200, 200, 0, None)
     case.q[:, :, 150] = torch.nan
@@ -187,8 +212,10 @@ def test_small_calls_on_a_gpu_run_exact(rng, device, monkeypatch):
 @pytest.mark.parametrize(("heads", "length", "milliseconds"), [(32, 32768, 19.5), (32, 4096, 0.305), (6, 16384, 0.458)])
 def test_dense_time_is_estimated_from_shapes(heads, length, milliseconds):
     q = torch.empty(1, heads, length, 128 if heads == 32 else 64, dtype=torch.bfloat16, device="meta")
-    assert 1e3 * attend.dense_seconds(q, q, q, 0) == pytest.approx(milliseconds, rel=0.05)
-    assert attend.dense_seconds(q, q, q, None) == 2 * attend.dense_seconds(q, q, q, 0)
+    causal = attend.dense_seconds(q, q, q, Masks(0))
+    assert 1e3 * causal == pytest.approx(milliseconds, rel=0.05)
+    assert attend.dense_seconds(q, q, q, Masks()) == 2 * causal
+    assert attend.dense_seconds(q, q, q, Masks(0, window=length // 8)) == causal / 4
 
 
 NO_MASKS = {"window": None, "key_mask": None, "query_documents": None, "key_documents": None, "attn_mask": None,
