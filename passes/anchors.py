@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 from torch import fx
 
-from sparsify.passes.axes import CASTS, COPIES, EXPANSIONS, PERMUTATIONS, RESHAPES, op_name
+from sparsify.passes.axes import is_view, op_name
 from sparsify.passes.graph import argument, arguments, is_tensor
 
 SOFTMAXES = {"softmax", "_softmax", "special_softmax"}
 ANCHORS = {*SOFTMAXES, "exp", "exp_"}
 SUMS = {"sum"}
-VIEWS = RESHAPES | PERMUTATIONS | EXPANSIONS | COPIES | CASTS
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def _read_sum(exponentials: fx.Node, scores: fx.Node) -> Anchor | None:
     if len(sums) != 1:
         return None
     (total,) = sums
-    dim, sink, inner = arguments(total)["dim"][0], None, {total}
+    dim, sink, inner = arguments(total)["dim"][0], None, {exponentials, total}
     divisor = total
     if len(total.users) == 1 and op_name(user := next(iter(total.users))) == "add" and argument(user, 1) in (1, 1.0):
         if op_name(scores) == "sub":
@@ -75,7 +74,7 @@ def _read_sum(exponentials: fx.Node, scores: fx.Node) -> Anchor | None:
 
 def source(x: Any, until: fx.Node | None = None) -> fx.Node | None:
     """What a tensor shows in another layout."""
-    while is_tensor(x) and x is not until and op_name(x) in VIEWS:
+    while is_tensor(x) and x is not until and is_view(x):
         x = argument(x)
     return x if is_tensor(x) else None
 

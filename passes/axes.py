@@ -41,7 +41,14 @@ RESHAPES = {"reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze"
 PERMUTATIONS = {"transpose", "permute", "t", "mT", "adjoint", "swapaxes", "swapdims", "movedim", "moveaxis"}
 EXPANSIONS = {"expand", "expand_as", "broadcast_to"}
 COPIES = {"contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy", "detach"}
-CASTS = {"to", "_to_copy", "type_as", "float", "half", "bfloat16"}
+CASTS = {"to", "_to_copy", "type_as"}
+VIEWS = RESHAPES | PERMUTATIONS | EXPANSIONS | COPIES | CASTS
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether `node` shows all of one tensor, in another layout or dtype."""
+    name = op_name(node)
+    return name in VIEWS or (name == "slice" and same_shape(shape(node), shape(argument(node))))
 
 
 def is_one(size: Size) -> bool:

@@ -24,17 +24,19 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from sparsify.passes.anchors import ANCHORS, VIEWS, Anchor, read_anchor
+from sparsify.passes.anchors import ANCHORS, Anchor, read_anchor
 from sparsify.passes.axes import (
     CASTS,
     Axis,
     Dims,
     Group,
     broadcast,
+    extent,
     flat,
     fresh,
     index_of,
     is_one,
+    is_view,
     leaves,
     op_name,
     regroup,
@@ -43,6 +45,7 @@ from sparsify.passes.axes import (
     view_up,
 )
 from sparsify.passes.graph import (
+    agree,
     argument,
     arguments,
     aten,
@@ -204,6 +207,12 @@ class _Finder:
             if parts is None:
                 raise _Stop(node, f"{shape(node)[-3]} query heads cannot share {shape(key)[-3]} key heads evenly")
             grouped = (*scores[:-3], parts[0])
+        for name, x in (("key", key), ("value", values)):
+            for size, own in zip(reversed(shape(x)[:-2]), reversed(grouped), strict=False):
+                if own and not is_one(size) and not agree(size, extent(leaves(own))):
+                    raise _Stop(node, f"the {name} {shape(x)} does not fit scores of shape {(*batch, q_len, kv_len)}")
+        if not agree(shape(values)[-2], kv_len):
+            raise _Stop(node, f"the key {shape(key)} and the value {shape(values)} differ in length")
         key_dims = broadcast_batch(key, grouped, (scores[-1], query_dims[-1]))
         value_dims = broadcast_batch(values, grouped, (scores[-1], *fresh((shape(values)[-1],))))
         terms: tuple[_Term, ...] = ()
@@ -229,19 +238,18 @@ class _Finder:
     def _chain(self, anchor: Anchor) -> _Chain:
         scores = fresh(shape(anchor.weights))
         dim = anchor.dim % len(scores)
-        if not scores[dim]:
-            raise _Stop(anchor.weights, "softmax runs over a single key")
-        (columns,) = scores[dim]
-        state = _Scores(columns, sink=anchor.sink)
+        single = not scores[dim]  # one key: it has no axis, and which factor is the keys' shows by what it lacks
+        state = _Scores(Axis(1) if single else scores[dim][0], sink=anchor.sink)
         if anchor.divided:
             self._check_division(anchor, anchor.weights, scores, scores, dim)
         product, dims, state = self._walk_up(anchor.weights, anchor.scores, scores, state, set(anchor.inner))
         below, weights, weight_dims = self._walk_down(anchor, scores, state)
         left, right = product.operands_of(dims)
-        keys = leaves((state.keys,))
+        keys = () if single else leaves((state.keys,))
         factors = [Operand(product.left, left), Operand(product.right, right)]
-        query, key = factors if set(keys) & set(flat(right)) else factors[::-1]
-        if set(keys) & set(flat(query.dims)) or not set(keys) & set(flat(key.dims)):
+        on_right = len(flat(right)) <= len(flat(left)) if single else bool(set(keys) & set(flat(right)))
+        query, key = factors if on_right else factors[::-1]
+        if not single and (set(keys) & set(flat(query.dims)) or not set(keys) & set(flat(key.dims))):
             raise _Stop(anchor.weights, "the softmax does not run over the keys of a product of queries and keys")
         value_dims, out_dims, summed = below.others_of(weights, weight_dims)
         if set(leaves(summed)) != set(keys):
@@ -250,7 +258,7 @@ class _Finder:
         if anchor.total is not None and not anchor.divided:
             output = self._late_division(anchor, below.node, scores, dim, out_dims)
         summed_dims = tuple(axis for axis in flat(query.dims) if axis not in flat(dims))
-        rows = tuple((state.keys,) if i == dim else group for i, group in enumerate(scores))
+        rows = tuple(keys if i == dim else group for i, group in enumerate(scores))
         return _Chain(anchor.form, rows, keys, query, key,
                       Operand(below.right if weights is below.left else below.left, value_dims),
                       Operand(below.node.meta.get("stands_for", output), out_dims), product.node, below.node,
@@ -269,7 +277,7 @@ class _Finder:
         assert anchor.total is not None
         path = []
         node: Any = argument(division, 1)
-        while node is not anchor.total and is_tensor(node) and op_name(node) in VIEWS:
+        while node is not anchor.total and is_tensor(node) and is_view(node):
             path.append(node)
             node = argument(node)
         total: Dims | None = scores[:dim] + ((),) * (len(shape(anchor.total)) == len(scores)) + scores[dim + 1:]
@@ -326,7 +334,7 @@ class _Finder:
             if read_product(top) is not None:
                 self.leads_to_product[top] = True
                 continue
-            walkable = base_name(top) in ELEMENTWISE | VIEWS
+            walkable = base_name(top) in ELEMENTWISE or is_view(top)
             sources = [x for x in top.all_input_nodes if is_tensor(x)] if walkable else []
             unknown = [x for x in sources if x not in self.leads_to_product]
             if unknown:
@@ -353,9 +361,11 @@ class _Finder:
         kept, hidden = named["self"], named["other"]
         choices = []
         for kind, scores, fill in (("keep", kept, hidden), ("hide", hidden, kept)):
-            if is_tensor(scores):
+            if self._leads(scores):
                 term = self._term(node, kind, named["condition"], dims, factor, fill)
                 choices.append((scores, replace(state, terms=(term, *state.terms))))
+        if not choices:
+            raise _Stop(node, "neither choice of a where is scores")
         return choices
 
     def _read_scaling(self, node: fx.Node, divides: bool, first: Any, second: Any, dims: Dims,
@@ -413,7 +423,7 @@ class _Finder:
     def _uniform(self, node: fx.Node, fill: fx.Node) -> Any:
         """The one number that fills a tensor."""
         source = fill
-        while op_name(source) in VIEWS:
+        while is_view(source):
             source = argument(source)
         if op_name(source) in ("full", "full_like", "new_full"):
             return arguments(source)["fill_value"]
@@ -498,6 +508,8 @@ class _Finder:
             if user.op == "output":
                 raise _Stop(node, "the attention weights are returned")
             product = read_product(user)
+            if base_name(user) == "mul" and len(user.users) == 1:  # multiplied here, summed next
+                product = read_product(next(iter(user.users)))
             if product is not None and product.left is not product.right and node in (product.left, product.right):
                 if waits:
                     raise _Stop(user, "the sink logit carries a value")
@@ -560,17 +572,23 @@ class _Finder:
         indices = ((BATCH, layout.batch), (HEAD, layout.heads), (QUERY, layout.queries), (KEY, layout.keys))
         terms = tuple(MaskTerm(t.kind, t.tensor, index_of(t.dims, indices), t.fill, t.factor, resolve(t.dims))
                       for t in state.terms)
+        scales = []
         for scale in state.scales:
             if isinstance(scale.value, Operand):
-                axes = set(flat(scale.value.dims))
-                on_keys = {*layout.batch, *layout.kv_heads, *layout.keys}
-                if axes & set(layout.keys) and not axes <= on_keys:
-                    raise _Stop(output, "the scores are scaled by a tensor over queries and keys")
+                operand = Operand(scale.value.node, resolve(scale.value.dims))
+                axes = set(flat(operand.dims))
+                if axes & set(layout.keys) and not axes <= {*layout.batch, *layout.kv_heads, *layout.keys}:
+                    if scale.divides or state.softcap is not None:
+                        raise _Stop(output, "the scores are scaled by a tensor over queries and keys")
+                    gate = MaskTerm("gate", operand.node, index_of(operand.dims, indices), dims=operand.dims)
+                    terms = (gate, *terms)
+                    continue
+                scale = Scale(operand, scale.divides)
+            scales.append(scale)
         return AttentionSite(
             chain.form, origin(output), query, key,
             values, Operand(output, resolve(chain.output.dims)), layout, dtype,
-            tuple(replace(s, value=Operand(s.value.node, resolve(s.value.dims))) if isinstance(s.value, Operand) else s
-                  for s in state.scales),
+            tuple(scales),
             terms, chain.is_causal, state.softcap, sink)
 
     def _dtype(self, chain: _Chain, query: Operand, key: Operand) -> torch.dtype:
@@ -614,8 +632,8 @@ class _Finder:
         rows = [tuple(a for a in group if a not in keys) for group in resolve(chain.scores)]
         shared = in_key | in_value
         in_rows = {a for group in rows for a in group}
-        if in_key & in_rows != in_value & in_rows:
-            raise _Stop(chain.scored, "keys and values differ between rows in different ways")
+        if in_key & in_rows != in_value & in_rows and not any(a not in shared for a in in_rows):
+            raise _Stop(chain.scored, "each row has keys or values of its own: no queries share them")
         common = [tuple(a for a in group if a in shared) for group in rows]
         alone = [tuple(a for a in group if a not in shared) for group in rows]
         queries = self._query_group(chain, alone, keys)

@@ -2,6 +2,7 @@
 
     bmm(x, y)                    x [n, i, c]   y [n, c, j]   out [n, i, j]
     einsum("blhd,bshd->bhls")    x [b, l, h, d]  y [b, s, h, d]  out [b, h, l, s]
+    sum(x * y, -1)               x [b, l, 1, d]  y [b, 1, s, d]  out [b, l, s]
 
 Every dim has a label, None where it is broadcast (size 1); labels of both operands that the result lacks are summed
 over.
@@ -9,7 +10,7 @@ over.
 
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -143,7 +144,26 @@ def _einsum(node: fx.Node) -> Product | None:
     return _labelled(node, operands[0], operands[1], left, right, spell(out, wide))
 
 
+def _multiply_and_sum(node: fx.Node) -> Product | None:
+    """sum(x * y, dim): a product of two broadcast tensors."""
+    a = arguments(node)
+    factors, dims = a["self"], a.get("dim") or ()
+    if op_name(factors) != "mul" or len(factors.users) != 1 or len(dims) != 1:
+        return None
+    names = string.ascii_letters[: len(shape(factors))]
+    summed = names[dims[0] % len(names)]
+    left, right = factors.args
+    if not (is_tensor(left) and is_tensor(right)):
+        return None
+    own = [names[len(names) - len(shape(x)):] for x in (left, right)]
+    product = _labelled(node, left, right, own[0], own[1], names.replace(summed, ""))
+    if product is None or product.left_labels.count(summed) + product.right_labels.count(summed) < 2:
+        return None
+    return replace(product, out_labels=tuple(product.out_labels[: names.index(summed)]) + (None,) * a["keepdim"]
+                   + tuple(product.out_labels[names.index(summed):]))
+
+
 READERS: Mapping[str, Callable[[fx.Node], Product | None]] = {
     "matmul": _matmul, "mm": _mm, "bmm": _bmm, "addmm": _addmm, "baddbmm": _baddbmm, "linear": _linear,
-    "einsum": _einsum,
+    "einsum": _einsum, "sum": _multiply_and_sum,
 }

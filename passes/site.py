@@ -46,11 +46,12 @@ class MaskTerm:
     add     `tensor` is added to the scores: 0 where visible and very negative where hidden, or a bias
     keep    scores stay where `tensor` is true and become `fill` elsewhere
     hide    scores become `fill` where `tensor` is true
+    gate    scores are multiplied by `tensor`, which must be 1 wherever the other terms leave them visible
     index   the element of `tensor` that the score at (BATCH, HEAD, QUERY, KEY) meets: one expression per dim
     factor  by what the scores were multiplied afterwards: the term counts `factor` times
     """
 
-    kind: Literal["add", "keep", "hide"]
+    kind: Literal["add", "keep", "hide", "gate"]
     tensor: fx.Node
     index: tuple[sympy.Expr, ...]
     fill: float | fx.Node = float("-inf")

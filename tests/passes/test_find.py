@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import find, qkv
+from graphs import find, qkv, rewritten
 
 from sparsify.passes import AttentionSite, Refused
+from sparsify.passes.axes import op_name
+
+
+def assert_equal_to_rounding(ours, eager, exact):
+    error, allowed = (float((x.double() - exact).abs().max()) for x in (ours, eager))
+    assert error <= 2 * allowed + 64 * torch.finfo(ours.dtype).eps * float(exact.abs().max())
 
 
 def chain(q, k, v):
@@ -57,14 +63,181 @@ def kept_where(q, k, v):
     return torch.softmax(torch.where(keep, q @ k.mT, torch.finfo(q.dtype).min), -1) @ v
 
 
-@pytest.mark.parametrize("function", [chain, softmax_method, float32_softmax, scale_on_queries,
-                                      scale_on_transposed_keys, dropout_in_eval, added_mask_first, filled_in_place,
-                                      scaled_in_place,                                      kept_where])
-def test_hand_written_attention_is_found(function):
-    (site,) = find(function, *qkv(9, 11))
-    assert isinstance(site, AttentionSite), site
-    assert site.form == "softmax chain"
-    assert site.origin.line.startswith("test_find.py:")
+def soft_cap(q, k, v):
+    return torch.softmax(torch.tanh(q @ k.mT / 50) * 50, -1) @ v
+
+
+def scaled_after_the_mask(q, k, v):
+    mask = torch.zeros(q.shape[2], k.shape[2])
+    return torch.softmax((q @ k.mT + mask) * 0.3, -1) @ v
+
+
+def values_on_the_left(q, k, v):
+    return v.mT @ torch.softmax(q @ k.mT, -1).mT
+
+
+def tensor_scale(q, k, v):
+    return torch.softmax(q @ k.mT * v.sum(), -1) @ v
+
+
+def scale_per_head(q, k, v):
+    return torch.softmax(q @ k.mT / (1 + v.sum((0, 2, 3), keepdim=True).abs()), -1) @ v
+
+
+def scale_per_key(q, k, v):
+    return torch.softmax(q @ k.mT * v.sum(-1)[:, :, None], -1) @ v
+
+
+def three_dims(q, k, v):
+    return torch.softmax(q[:, 0] @ k[:, 0].mT, -1) @ v[:, 0]
+
+
+def two_dims(q, k, v):
+    return torch.softmax(q[0, 0] @ k[0, 0].mT, -1) @ v[0, 0]
+
+
+def folded_heads(q, k, v):
+    weights = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).softmax(-1)
+    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, (2, 4))
+
+
+def folded_heads_masked_unfolded(q, k, v):
+    batch, heads, length = q.shape[:3]
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(batch, heads, length, k.shape[2])
+    scores = scores + torch.full((length, k.shape[2]), -torch.inf).triu(3)
+    return torch.bmm(scores.softmax(-1).flatten(0, 1), v.flatten(0, 1)).view(batch, heads, length, v.shape[3])
+
+
+def baddbmm(q, k, v):
+    bias = q.new_ones(1, 1, k.shape[2])
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.5, alpha=0.3)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view_as(q)
+
+
+def length_first(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    weights = torch.einsum("blhd,bshd->bhls", q, k).softmax(-1)
+    return torch.einsum("bhls,bshd->blhd", weights, v)
+
+
+def einsum_with_ellipsis(q, k, v):
+    return torch.einsum("...ls,...sd->...ld", torch.einsum("...ld,...sd->...ls", q, k).softmax(-1), v)
+
+
+def scores_length_first(q, k, v):
+    weights = torch.einsum("bhld,bhsd->blhs", q, k).softmax(-1)
+    return torch.einsum("blhs,bhsd->bhld", weights, v)
+
+
+def transposed_scores(q, k, v):
+    return (k @ q.mT).softmax(-2).mT @ v
+
+
+def multiply_and_sum(q, k, v):
+    weights = (q[:, :, :, None] * k[:, :, None]).sum(-1).softmax(-1)
+    return (weights[..., None] * v[:, :, None]).sum(3)
+
+
+def five_dims(q, k, v):
+    q = q.unflatten(1, (2, 2))
+    return (torch.softmax(q @ k[:, :2, None].mT, -1) @ v[:, :2, None]).flatten(1, 2)
+
+
+def exponentials(q, k, v):
+    scores = q @ k.mT
+    e = (scores - scores.amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def exponentials_without_the_maximum(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return (e / e.sum(-1)[..., None]) @ v
+
+
+def divided_late(q, k, v):
+    scores = q @ k.mT
+    e = (scores - scores.max(-1, keepdim=True).values.detach()).exp()
+    return e @ v / e.sum(-1, keepdim=True)
+
+
+def log_softmax(q, k, v):
+    return F.log_softmax(q @ k.mT, -1).exp() @ v
+
+
+def logsumexp(q, k, v):
+    scores = q @ k.mT
+    return torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ v
+
+
+def softmax_plus_one(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return e / (1 + e.sum(-1, keepdim=True)) @ v
+
+
+def zero_column(q, k, v):
+    return F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., 1:] @ v
+
+
+def sink_column(q, k, v):
+    sinks = v[0, :, 0, 0].reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    scores = torch.cat([q @ k.mT, sinks], -1)
+    scores = scores - scores.max(-1, keepdim=True).values
+    return scores.softmax(-1)[..., :-1] @ v
+
+
+def not_a_number_to_zero(q, k, v):
+    return torch.nan_to_num(torch.softmax(q @ k.mT, -1)) @ v
+
+
+def bias_of_a_second_product(q, k, v):
+    return torch.softmax(q @ k.mT + q @ v.mT, -1) @ v
+
+
+def per_query_constant(q, k, v):
+    return torch.softmax(q @ k.mT - q.sum(-1, keepdim=True) + 3, -1) @ v
+
+
+def weights_that_are_dropped(q, k, v):
+    weights = torch.softmax(q @ k.mT, -1)
+    weights.mean(1)
+    return weights @ v
+
+
+FOUND = [chain, softmax_method, float32_softmax, scale_on_queries, scale_on_transposed_keys, dropout_in_eval,
+         added_mask_first, filled_in_place, scaled_in_place, kept_where, soft_cap, scaled_after_the_mask,
+         values_on_the_left, tensor_scale, scale_per_head, scale_per_key, three_dims, two_dims, folded_heads,
+         folded_heads_masked_unfolded, baddbmm, length_first, einsum_with_ellipsis, scores_length_first,
+         transposed_scores, multiply_and_sum, five_dims, exponentials, exponentials_without_the_maximum, divided_late,
+         log_softmax, logsumexp, softmax_plus_one, zero_column, sink_column, not_a_number_to_zero,
+         bias_of_a_second_product, per_query_constant, weights_that_are_dropped]
+
+
+@pytest.mark.parametrize("function", FOUND)
+def test_attention_is_found_in_any_spelling_and_stays_what_it_was(function):
+    q, k, v = qkv(9, 11)
+    attention = rewritten(function)
+    assert_equal_to_rounding(attention.call(q, k, v), function(q, k, v), function(q.double(), k.double(), v.double()))
+    (record,) = attention.records
+    assert record.outcome == "exact", record
+    assert record.form in ("softmax chain", "exp chain")
+    assert record.line.startswith("test_find.py:")
+    assert not {"softmax", "exp"} & {op_name(node) for node in attention.graphs[-1].graph.nodes}, "the scores are gone"
+
+
+def test_every_head_of_a_loop_is_a_site():
+    def attention(q, k, v):
+        return torch.stack([torch.softmax(q[:, h] @ k[:, h].mT, -1) @ v[:, h] for h in range(q.shape[1])], 1)
+
+    assert all(isinstance(site, AttentionSite) for site in find(attention, *qkv(9)))
+    assert len(find(attention, *qkv(9))) == 4
+
+
+def test_query_chunks_are_sites():
+    def attention(q, k, v):
+        return torch.cat([torch.softmax(part @ k.mT, -1) @ v for part in q.split(5, 2)], 2)
+
+    sites = find(attention, *qkv(10))
+    assert [int(site.q_len) for site in sites] == [5, 5]
 
 
 def softmax_over_queries(q, k, v):
@@ -88,26 +261,15 @@ def written_behind_the_walk(q, k, v):
 
 
 def keys_written_before_the_output(q, k, v):
-    k = k.clone()
     weights = torch.softmax(q @ k.mT, -1)
     k.add_(1)
     return weights @ v + k.sum()
 
 
 def values_written_before_the_output(q, k, v):
-    v = v.clone()
     repeated = v.repeat_interleave(1, 1)
     v.add_(1)
     return torch.softmax(q @ k.mT, -1) @ repeated + v.sum()
-
-
-def soft_cap(q, k, v):
-    return torch.softmax(torch.tanh(q @ k.mT / 50) * 50, -1) @ v
-
-
-def scaled_after_the_mask(q, k, v):
-    mask = torch.zeros(q.shape[2], k.shape[2])
-    return torch.softmax((q @ k.mT + mask) * 0.3, -1) @ v
 
 
 def weights_scaled(q, k, v):
@@ -118,16 +280,39 @@ def dropout_in_training(q, k, v):
     return F.dropout(torch.softmax(q @ k.mT, -1), 0.1, training=True) @ v
 
 
-def values_on_the_left(q, k, v):
-    return v.mT @ torch.softmax(q @ k.mT, -1).mT
+def softmax_over_two_dims(q, k, v):
+    return torch.softmax((q @ k.mT).flatten(2), -1).view(2, 4, 9, 9) @ v
 
 
-def tensor_scale(q, k, v):
-    return torch.softmax(q @ k.mT * v.sum(), -1) @ v
+def exponentials_divided_by_the_wrong_sum(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return e / e.sum(-1)[:, :, None] @ v  # as many keys as queries: it broadcasts
 
 
-def three_dims(q, k, v):
-    return torch.softmax(q[:, 0] @ k[:, 0].mT, -1) @ v[:, 0]
+def exponentials_over_queries(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return e / e.sum(-2, keepdim=True) @ v
+
+
+def sink_with_a_value(q, k, v):
+    return F.pad(q @ k.mT, (1, 0)).softmax(-1) @ F.pad(v, (0, 0, 1, 0), value=1.0)
+
+
+def wrong_column_cut(q, k, v):
+    return F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., :-1] @ v
+
+
+def mixed_heads(q, k, v):
+    scores = torch.einsum("bhls,hg->bgls", q @ k.mT, v[0, :, 0, :4])
+    return scores.softmax(-1) @ v
+
+
+def routing(q, k, v):
+    return torch.einsum("bhle,bhled->bhld", torch.softmax(q @ k[0, 0].mT, -1), v[:, :, :, None] * k[0, 0])
+
+
+def two_scores_side_by_side(q, k, v):
+    return torch.cat([q @ k.mT, q @ v.mT], -1).softmax(-1) @ torch.cat([v, k], 2)
 
 
 def float64(q, k, v):
@@ -135,19 +320,22 @@ def float64(q, k, v):
 
 
 @pytest.mark.parametrize(("function", "why"), [
-    (softmax_over_queries, "softmax runs over dim 2"),
-    (weights_returned, "used elsewhere"),
+    (softmax_over_queries, "does not sum over what the softmax runs over"),
+    (weights_returned, "weights are returned"),
     (scores_used_twice, "used elsewhere"),
     (written_behind_the_walk, "used elsewhere"),
     (keys_written_before_the_output, "key is written to in place"),
     (values_written_before_the_output, "value is written to in place"),
-    (soft_cap, "stands between"),
-    (scaled_after_the_mask, "scaled after"),
     (weights_scaled, "stands between"),
     (dropout_in_training, "dropout is active"),
-    (values_on_the_left, "stands between"),
-    (tensor_scale, "scale of the scores is a tensor"),
-    (three_dims, "3 dims"),
+    (softmax_over_two_dims, "stands between"),
+    (exponentials_divided_by_the_wrong_sum, "not divided by the sum of their row"),
+    (exponentials_over_queries, "does not sum over"),
+    (sink_with_a_value, "carries a value"),
+    (wrong_column_cut, "stands between"),
+    (mixed_heads, "no queries share them"),
+    (routing, "no queries share them"),
+    (two_scores_side_by_side, "side by side"),
     (float64, "float64"),
 ])
 def test_near_misses_are_refused_with_the_reason(function, why):
@@ -211,21 +399,44 @@ def test_grouped_heads_are_unrepeated(repeat, form):
 
     (site,) = find(attention, *qkv(9, heads=4, kv_heads=2))
     assert isinstance(site, AttentionSite), site
-    assert site.key.meta["val"].shape[1] == site.value.meta["val"].shape[1] == 2
+    assert site.kv_heads == 2
+    assert site.key.node.meta["val"].numel() == 2 * 2 * 9 * 8, "read before it is repeated"
 
 
-def test_heads_repeated_in_another_order_stay_repeated():
+def test_heads_repeated_in_another_order_are_unrepeated():
     def attention(q, k, v):  # head h reads KV head h % 2, not h // 2
-        return F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))
+        return torch.softmax(q @ k.repeat(1, 2, 1, 1).mT, -1) @ v.repeat(1, 2, 1, 1)
 
-    (site,) = find(attention, *qkv(9, heads=4, kv_heads=2))
-    assert site.key.meta["val"].shape[1] == 4
+    q, k, v = qkv(9, heads=4, kv_heads=2)
+    (site,) = find(attention, q, k, v)
+    assert site.kv_heads == 2
+    torch.testing.assert_close(rewritten(attention).call(q, k, v), attention(q, k, v))
 
 
 def test_enable_gqa_is_found_grouped():
     (site,) = find(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
                    *qkv(9, heads=4, kv_heads=2))
-    assert site.key.meta["val"].shape[1] == 2
+    assert site.kv_heads == 2
+
+
+def test_one_kv_head_serves_all():
+    def attention(q, k, v):
+        return torch.softmax(torch.einsum("bhld,bsd->bhls", q, k[:, 0]), -1) @ v[:, :1]
+
+    (site,) = find(attention, *qkv(9))
+    assert (int(site.heads), int(site.kv_heads)) == (4, 1)
+
+
+def test_a_mask_tells_the_queries_from_the_heads():
+    def attention(q, k, v):  # [B, L, H, S]: both L and H are axes of the queries alone
+        scores = torch.einsum("bhld,bsd->blhs", q, k[:, 0])
+        scores = scores.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1)[:, None], -torch.inf)
+        return torch.einsum("blhs,bsd->blhd", scores.softmax(-1), v[:, 0])
+
+    q, k, v = qkv(9)
+    (site,) = find(attention, q, k, v)
+    assert (int(site.heads), int(site.q_len)) == (4, 9)
+    torch.testing.assert_close(rewritten(attention).call(q, k, v), attention(q, k, v))
 
 
 def test_gradients_are_refused_and_no_grad_regions_are_not():
@@ -242,15 +453,6 @@ def test_gradients_are_refused_and_no_grad_regions_are_not():
     assert isinstance(first, AttentionSite)
     assert isinstance(second, Refused)
     assert "torch.no_grad()" in second.why
-
-
-def test_attention_in_a_checkpoint_is_recorded():
-    def attention(q, k, v):
-        return torch.utils.checkpoint.checkpoint(chain, q, k, v, use_reentrant=False)
-
-    (site,) = find(attention, *qkv(9))
-    assert isinstance(site, Refused)
-    assert "checkpoint" in site.why
 
 
 def test_a_softmax_that_is_no_attention_is_recorded():
