@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.fx.experimental import proxy_tensor
@@ -150,6 +151,17 @@ class _OnGrids(fx.Interpreter):
                 raise _NotInlined(f"the {self.name} slices a tensor")
             whole = len(indices) == row.tensor.dim()
             return row.tensor[indices] if whole else _Row(row.tensor, indices)
-        if any(isinstance(x, _Row) for x in (*args, *kwargs.values())):
-            raise _NotInlined(f"the {self.name} computes with a whole row of a tensor")
+        self._refuse_rows(*args, *kwargs.values())
         return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._refuse_rows(*args, *kwargs.values())
+        return super().call_method(target, args, kwargs)
+
+    def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._refuse_rows(*args)
+        return super().output(target, args, kwargs)
+
+    def _refuse_rows(self, *args: Any) -> None:
+        if any(isinstance(x, _Row) for x in pytree.tree_leaves(args)):
+            raise _NotInlined(f"the {self.name} computes with a whole row of a tensor")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules import transformer
 
 aten = torch.ops.aten
 
@@ -95,3 +96,13 @@ OPENED: dict[Any, Callable[..., Any]] = {
     aten._transformer_encoder_layer_fwd.default: encoder_layer,
 }
 """The function that computes what a fused op computes."""
+
+
+@torch.compiler.substitute_in_graph(transformer._detect_is_causal_mask)
+def _detect_is_causal_mask(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Whether nn.Transformer may drop a causal mask.
+
+    torch compares the values of the mask, which no graph can hold: nn.Transformer would run eagerly as a whole. While
+    Dynamo traces, only what the caller said counts; the mask itself stays in the graph.
+    """
+    return is_causal is True

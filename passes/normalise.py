@@ -4,7 +4,8 @@ Given   the graph and example inputs that Dynamo hands to a backend.
 Leaves  a new graph in the dialect of torch.export before decomposition: every spelling of softmax, matmul and
         scaled_dot_product_attention is one OpOverload. `meta["val"]` holds fake values with Dynamo's own symbols, so a
         comparison on them is a guard; `meta["stack_trace"]` and `meta["nn_module_stack"]` point at the user's code;
-        `meta["requires_grad"]` says whether autograd will record the node. The given graph is untouched.
+        `meta["requires_grad"]` says whether autograd will record the node, `meta["source"]` of an input what the user
+        calls it. The given graph is untouched.
         Attention that arrives fused is opened (fused.py), and so are the bodies of checkpoint, cond, while_loop and
         invoke_subgraph: `graphs` lists them.
 Never   functionalises (mutations stay as they were written) or differentiates. Any other higher-order op is carried
@@ -17,6 +18,7 @@ import contextlib
 import functools
 import itertools
 import operator
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -54,9 +56,20 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
                         _error_on_data_dependent_ops=False)
         normal = trace(*fakes)
     normal.meta.update(gm.meta)
+    for old, new in zip(*(graph.find_nodes(op="placeholder") for graph in (gm.graph, normal.graph)), strict=True):
+        new.meta["source"] = _source(old)
     _remove_dead_code(normal)
     _mark_requires_grad(normal, [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes])
     return normal
+
+
+def _source(placeholder: fx.Node) -> str:
+    """What the user calls an input: "attention_mask", "self.layers.0.bias"."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return placeholder.name
+    inside = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", source.name)
+    return re.sub(r"^[LG]\['(\w+)'\]", r"\1", inside)
 
 
 def graphs(normal: fx.GraphModule) -> list[fx.GraphModule]:

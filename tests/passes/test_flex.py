@@ -62,7 +62,7 @@ def test_what_torch_computes_is_computed_by_an_op(mask_mod, score_mod):
 
 def from_blocks(q, k, v):
     number, indices = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
-    return flex_attention(q, k, v, None, BlockMask.from_kv_blocks(number, indices))
+    return flex_attention(q, k, v, None, BlockMask.from_kv_blocks(number, indices, seq_lengths=(LENGTH, LENGTH)))
 
 
 def logsumexp_too(q, k, v):

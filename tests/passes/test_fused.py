@@ -73,3 +73,12 @@ def test_multi_head_attention_called_directly_is_opened():
     # Called as an op, as a graph from torch.export does.
     fused, weights = aten._native_multi_head_attention.default, projections()
     assert attentions(lambda x: fused(x, x, x, DIM, HEADS, *weights, None, False)[0], torch.randn(2, LENGTH, DIM)) == 1
+
+
+def test_a_transformer_with_a_causal_mask_is_one_graph():
+    model = torch.nn.Transformer(DIM, HEADS, 1, 1, 24, batch_first=True).eval()
+
+    def function(x):
+        return model(x, x, tgt_mask=torch.nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
+
+    assert attentions(function, torch.randn(BATCH, LENGTH, DIM)) == 3

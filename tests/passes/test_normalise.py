@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import capture, qkv
+from graphs import capture, qkv, rewritten
+from torch._higher_order_ops.while_loop import while_loop
 from torch.utils.checkpoint import checkpoint
+
+from sparsify.passes.normalise import graphs
 
 aten = torch.ops.aten
 
@@ -60,8 +63,91 @@ def written(q, k, v):
     return torch.softmax(scores, -1) @ v
 
 
-@pytest.mark.parametrize("function", [multi_head, vmapped_mask, checkpointed, branch, autocast_region, written],
-                         ids=lambda function: function.__name__)
+def loop(q, k, v):
+    def body(i, x, k, v):
+        return i + 1, F.scaled_dot_product_attention(x, k, v), k.clone(), v.clone()
+
+    start = torch.zeros((), dtype=torch.int64)
+    return while_loop(lambda i, x, k, v: i < 2, body, (start, q, k, v))[1]
+
+
+@torch.compiler.nested_compile_region
+def region(q, k, v):
+    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def regions(q, k, v):
+    return region(region(q, k, v), k, v)
+
+
+def masked_in_place(q, k, v):
+    for _ in range(3):
+        scores = q @ k.mT
+        scores.masked_fill_(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1), float("-inf"))
+        q = torch.softmax(scores, -1) @ v
+        q.mul_(0.5).add_(k)
+    return q
+
+
+def cached(q, k, v):
+    keys, values = torch.zeros(2, 2, 16, 8), torch.zeros(2, 2, 16, 8)
+    for start in (0, 3):
+        keys.index_copy_(2, torch.arange(q.shape[2]) + start, k)
+        values[:, :, start:start + q.shape[2]] = v
+        q = F.scaled_dot_product_attention(q, keys, values)
+    return q
+
+
+def packed(q, k, v):
+    for _ in range(3):
+        a, b, c = torch.cat([q, k, v], -1).chunk(3, -1)
+        q = F.scaled_dot_product_attention(a, b, c) + a.unbind(-1)[0].unsqueeze(-1)
+    return q
+
+
+def no_grad_inside(q, k, v):
+    for _ in range(2):
+        with torch.no_grad():
+            q = F.scaled_dot_product_attention(q, k, v)
+        q = q + k
+    return q
+
+
+def autocast_layers(q, k, v):
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            inner = q @ k.mT
+        q = inner.float() @ v + (q @ k.mT).softmax(-1) @ v
+    return q
+
+
+def turned_in_place(q, k, v):
+    for _ in range(2):
+        a, b = q + 0, k + 0
+        a.transpose_(-2, -1)
+        q = (a.transpose(-2, -1) + b).cos()
+    return q
+
+
+def constants(q, k, v):
+    for factor in (2.0, 3.0):
+        q = (q * torch.tensor([factor])).cos() + torch.tensor(factor)
+    return q
+
+
+def signed_zeros(q, k, v):
+    return torch.copysign(q, torch.full_like(q, 0.0)) + 2 * torch.copysign(q, torch.full_like(q, -0.0))
+
+
+def one_or_true(q, k, v):
+    positive = q > 0
+    return (positive + 1) * q + (positive + True) * k + (positive + 1.0) * v
+
+
+@pytest.mark.parametrize("function", [
+    multi_head, vmapped_mask, checkpointed, branch, loop, regions, autocast_region, written, masked_in_place, cached,
+    packed, no_grad_inside, autocast_layers, turned_in_place, constants, signed_zeros, one_or_true,
+], ids=lambda function: function.__name__)
 def test_the_numbers_stay(function):
     inputs = qkv(9, heads=2, dim=8)
     seen = []
@@ -120,3 +206,85 @@ def test_nodes_know_their_source_and_whether_gradients_flow():
     assert recorded["aten.sin.default"]
     assert not recorded["aten.exp.default"]
     assert all("test_normalise.py" in n.stack_trace for n in graph.graph.nodes if n.target is aten.matmul.default)
+
+
+@pytest.mark.parametrize("function, bodies", [(checkpointed, 1), (branch, 2), (loop, 2), (regions, 1)],
+                         ids=lambda x: getattr(x, "__name__", ""))
+def test_bodies_are_normalised(function, bodies):
+    found = graphs(capture(function, *qkv(9, heads=2)))
+    assert len(found) == 1 + bodies
+    assert all("val" in node.meta and "requires_grad" in node.meta
+               for graph in found for node in graph.graph.nodes if node.op == "placeholder")
+
+
+def test_attention_in_a_body_is_rewritten():
+    def causal(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(-1))
+
+    def function(q, k, v):
+        return causal(checkpoint(causal, q, k, v, use_reentrant=False), k, v)
+
+    inputs, run = qkv(9), rewritten(function)
+    torch.testing.assert_close(run.call(*inputs), function(*inputs))
+    assert [(record.index, record.outcome) for record in run.records] == [(0, "exact"), (1, "exact")]
+    assert sorted(x for op in run.ops for x in op if type(x) is int and x < 0) == [-1, -1]  # the causal offsets
+
+
+def test_every_copied_node_points_at_its_own_source():
+    def function(x):
+        first = torch.softmax(x, -1)
+        second = torch.softmax(first, -1)
+        return second
+
+    graph = capture(function, torch.randn(3, 5))
+    first, second = (n for n in graph.graph.nodes if n.target is aten.softmax.int)
+    assert "first = " in first.stack_trace and "second = " in second.stack_trace
+    assert second.args[0] is first
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_numbers_of_layers_are_not_mixed_up():
+    layers = torch.nn.Sequential(*(Scaled(scale) for scale in (0.5, 3.0, 7.0)))
+    x = torch.randn(3, 5)
+    run = rewritten(layers)
+    torch.testing.assert_close(run.call(x), layers(x))
+
+
+def test_lengths_that_are_read_from_tensors_are_not_mixed_up():
+    def function(x, lengths):
+        parts = []
+        for i in range(2):
+            length = lengths[i].item()
+            torch._check(length >= 1)
+            torch._check(length < x.shape[0])
+            parts.append(x[:length].sum(0))
+        return torch.stack(parts)
+
+    x, lengths = torch.randn(9, 4), torch.tensor([3, 5])
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        run = rewritten(function)
+        torch.testing.assert_close(run.call(x, lengths), function(x, lengths))
+
+
+def test_what_is_computed_and_dropped_is_gone():
+    def function(x):
+        weights = torch.softmax(x, -1)
+        weights.sum()
+        return x + 1
+
+    assert targets(capture(function, torch.randn(3, 5))) == [aten.add.Tensor]
+
+
+def test_inputs_have_the_names_that_the_user_gave_them():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    graph = capture(lambda x, mask: model(x) * mask["keys"], torch.randn(3, 4), {"keys": torch.ones(4)}, dynamic=False)
+    names = {node.meta["source"] for node in graph.graph.find_nodes(op="placeholder")}
+    assert names == {"x", "mask['keys']", "model.0.weight", "model.0.bias"}
