@@ -118,7 +118,7 @@ def weights_of_two_values(q, k, v):
     return weights @ v + weights @ v.flip(2)
 
 
-@left(*USED, "written", "in place")
+@either(*USED, "written", "in place")
 def keys_changed_between_the_products(q, k, v):
     k = k.clone()
     weights = scores(q, k).softmax(-1)
@@ -126,7 +126,7 @@ def keys_changed_between_the_products(q, k, v):
     return weights @ v + k.mean()
 
 
-@left(*USED, "written", "in place")
+@either(*USED, "written", "in place")
 def queries_changed_between_the_products(q, k, v):
     weights = scores(q, k).softmax(-1)
     q.add_(1)
@@ -186,7 +186,7 @@ def softmax_over_heads(q, k, v):
 @left(*DIMS, "view", "reshape")
 def softmax_over_all_pairs(q, k, v):
     s = scores(q, k)
-    return s.flatten(2).softmax(-1).view_as(s) @ v
+    return s.flatten(2).softmax(-1).view(s.shape) @ v
 
 
 @left(*DIMS, "view", "reshape", "flatten", kv_len=lambda length: 2 * length)
@@ -333,7 +333,7 @@ def scores_normalised(q, k, v):
     return F.layer_norm(scores(q, k), (k.shape[2],)).softmax(-1) @ v
 
 
-@left(*STANDS, "heads", "linear", "einsum", "permute", "matmul", "mix", extra=lambda q, k, v: (torch.randn(4, 4),))
+@left(*STANDS, "differ between", extra=lambda q, k, v: (torch.randn(4, 4),))
 def heads_mixed_before_the_softmax(q, k, v, mix):
     return torch.einsum("bhqk,hg->bgqk", scores(q, k), mix).softmax(-1) @ v
 
@@ -387,7 +387,7 @@ def first_weight_dropped_instead_of_the_sink(q, k, v, sinks):
     return both.softmax(-1)[..., 1:] @ v
 
 
-@either(*STANDS, "cat", "slice", "tensor", extra=lambda q, k, v: (torch.randn(1, 4, q.shape[2], 1),))
+@either("sink", "cat", extra=lambda q, k, v: (torch.randn(1, 4, q.shape[2], 1),))
 def a_sink_per_query(q, k, v, sinks):
     both = torch.cat([scores(q, k), sinks.expand(q.shape[0], -1, -1, -1)], -1)
     return both.softmax(-1)[..., :-1] @ v
@@ -652,7 +652,7 @@ def router_with_top_experts(q, k, v, router, experts):
     return (best[..., None] * experts[index]).sum(-2)
 
 
-@left("product", "dim", "scores", *WEIGHTS, extra=lambda q, k, v: (torch.randn(8, 1),))
+@either("product", "dim", "scores", *WEIGHTS, extra=lambda q, k, v: (torch.randn(8, 1),))
 def pooling_by_learned_weights(q, k, v, score):
     return (k @ score).softmax(2).mT @ v
 
