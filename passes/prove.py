@@ -219,8 +219,8 @@ class _Arguments:
         self._seen: set[sympy.Basic] = set()
 
     def take_all(self, parts: Sequence[sympy.Basic]) -> bool:
-        """Take every part that an argument can say; whether that is all."""
-        taken = [self.take(part) for part in parts]
+        """Take every part that an argument can say, documents first; whether that is all."""
+        taken = [self.take(part) for part in sorted(parts, key=lambda part: not isinstance(part, sympy.Eq))]
         self._seen.update(parts)
         return all(taken)
 
@@ -230,7 +230,7 @@ class _Arguments:
 
     def take(self, part: sympy.Basic) -> bool:
         """Take a part of the condition; False if no argument can say it."""
-        part = self._simplify(part)
+        part = self._simplify(self._within_documents(part))
         if isinstance(part, sympy.And):
             return self.take_all(part.args)
         if part == sympy.true or self._take_bounds(part):
@@ -339,6 +339,22 @@ class _Arguments:
             if not any(self.reader.is_nonpositive(old - new) for old in kept):
                 kept = [*(old for old in kept if not self.reader.is_nonpositive(new - old)), new]
         return Min(*kept) if len(kept) > 1 else kept[0] if kept else None
+
+    def _within_documents(self, part: Any) -> sympy.Basic:
+        """A comparison of two positions of one document as one of their indices, where documents are runs of
+        positions."""
+        ids = self.documents[0] if self.documents is not None else None
+        if not isinstance(part, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt) or not isinstance(ids, AppliedUndef):
+            return part
+        position = self.reader.positions_of(ids)
+        if not isinstance(position, sympy.Expr) or self.documents != (ids, ids.subs(QUERY, KEY)):
+            return part
+        difference, distance = part.lhs - part.rhs, position - position.subs(QUERY, KEY)
+        for sign in (1, -1):
+            rest = sympy.expand(difference - sign * distance)
+            if self._is_size(rest):
+                return part.func(sign * (QUERY - KEY) + rest, 0)
+        return part
 
     def _read_documents(self, part: sympy.Basic) -> tuple[sympy.Expr, sympy.Expr] | None:
         """(f, g) where an equality means f(b, q) == g(b, k)."""

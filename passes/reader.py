@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.utils._sympy.functions import FloorDiv, Max, Min, PythonMod
 
 from sparsify.passes.buffers import Buffer, Ramp, Reading, Same
-from sparsify.passes.graph import arguments, is_tensor, mutations, same, shape, storage_root, value
+from sparsify.passes.graph import agree, arguments, aten, is_tensor, mutations, same, shape, storage_root, value
 from sparsify.passes.site import BATCH, HEAD, KEY, QUERY
 
 Index = tuple[sympy.Expr, ...]
@@ -95,7 +95,7 @@ class TensorReader:
             self._depth += 1
             try:
                 self._read[key] = self._follow(*key)
-            except _Leaf:
+            except (_Leaf, WrittenInPlace):  # what was computed from a tensor stays when that is written to
                 self._read[key] = self.leaf(*key)
             finally:
                 self._depth -= 1
@@ -109,7 +109,7 @@ class TensorReader:
 
     def leaf(self, node: fx.Node, index: Index) -> sympy.Basic:
         """An element by its name. Raises WrittenInPlace where the tensor is written to later."""
-        last = self._writes.get(storage_root(node), [node])[-1]
+        last = self._writes.get(storage_root(node), (node,))[-1]
         if self._order[node] < self._order[last]:
             raise WrittenInPlace(f"{node.name} is written to in place by {last.name}")
         tensor = value(node)
@@ -118,6 +118,26 @@ class TensorReader:
         assume = {"integer": True} if whole else {"real": True}
         symbol = sympy.Function(node.name, **assume)(*index) if index else sympy.Symbol(node.name, **assume)
         return sympy.Ne(symbol, 0) if tensor.dtype == torch.bool else symbol
+
+    def positions_of(self, ids: AppliedUndef) -> Value | None:
+        """The positions whose runs these ids number: p where ids is cumsum(diff(p) != 1). Between two elements of one
+        run, p grows as the index does."""
+        node = self.leaves[ids.func.__name__]
+        if node.target is not aten.cumsum.default or arguments(node)["dim"] % len(ids.args) != len(ids.args) - 1:
+            return None
+        breaks = arguments(node)["self"]
+        while breaks.target in (aten.to.dtype, aten._to_copy.default):
+            breaks = arguments(breaks)["self"]
+        if breaks.target is not aten.ne.Scalar or arguments(breaks)["other"] != 1:
+            return None
+        steps = arguments(breaks)["self"]
+        if steps.target is not aten.diff.default:
+            return None
+        a = arguments(steps)
+        if (a["n"] != 1 or a["dim"] % len(ids.args) != len(ids.args) - 1 or a["append"] is not None
+                or a["prepend"] is None or not _is_one(shape(a["prepend"])[-1])):
+            return None
+        return self.at(a["self"], ids.args)
 
     def is_flag(self, leaf: AppliedUndef) -> bool:
         """Whether a leaf is an element of a bool tensor: 0 or 1."""
@@ -143,7 +163,11 @@ class TensorReader:
                 return False
         if worst.free_symbols & self._limits.keys():
             return False
-        return bool(self._bounds(worst)[1] <= 0)
+        if self._bounds(worst)[1] <= 0:
+            return True
+        # What guards say beyond ranges: a length that was held to 1.
+        return (self._is_size(worst) and self.shape_env is not None
+                and self.shape_env._maybe_evaluate_static(worst <= 0) == sympy.true)
 
     def is_nonnegative(self, x: Value) -> bool:
         if not isinstance(x, sympy.Expr):
@@ -167,11 +191,14 @@ class TensorReader:
     def _bounds(self, x: sympy.Expr) -> tuple[Any, Any]:
         if x.is_number:
             return x, x
-        known = self.shape_env.var_to_range if self.shape_env is not None else {}
-        if self.shape_env is None or x.atoms(AppliedUndef) or not x.free_symbols <= known.keys():
+        if self.shape_env is None or not self._is_size(x):
             return -sympy.oo, sympy.oo
         bounds = self.shape_env.bound_sympy(x)
         return bounds.lower, bounds.upper
+
+    def _is_size(self, x: sympy.Expr) -> bool:
+        known = self.shape_env.var_to_range if self.shape_env is not None else {}
+        return not x.atoms(AppliedUndef) and x.free_symbols <= known.keys()
 
     def _follow(self, node: fx.Node, index: Index) -> Value:
         if self._depth > MAX_DEPTH:
@@ -692,6 +719,7 @@ def _movedim(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) ->
 
 def _reshape(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
     """Dims are taken apart and put together group by group; a group that is one dim on both sides just passes."""
+    _agree_on_dims(shape(a["self"]), shape(node))
     before, after = _sizes(shape(a["self"])), _sizes(shape(node))
     position: list[sympy.Expr] = [_ZERO] * len(before)
     for ins, outs in _groups(before, after):
@@ -705,6 +733,15 @@ def _reshape(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) ->
             flat, position[d] = reader.divide(flat, before[d])
         position[ins[0]] = flat
     return reader.at(a["self"], tuple(position))
+
+
+def _agree_on_dims(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+    """Hold the dims of a reshape that changes nothing to that: `mask.view(batch, -1)` of a mask of the same batch."""
+    pairs = [[x for x in sizes if not _is_one(x)] for sizes in (before, after)]
+    hints = [[x.node.hint if isinstance(x, torch.SymInt) else x for x in sizes] for sizes in pairs]
+    if None not in hints[0] and hints[0] == hints[1]:
+        for x, y in zip(*pairs, strict=True):
+            agree(x, y)
 
 
 def _groups(before: list[sympy.Expr], after: list[sympy.Expr]) -> Iterator[tuple[list[int], list[int]]]:
