@@ -4,6 +4,7 @@
     adaptive_attention       sparse buckets: select_blocks, then block_sparse_attention
     select_blocks            the key blocks that every query block keeps
     block_sparse_attention   attention over kept lists
+    check_mask               what a proof says of a mask, compared with the mask itself
 
 Each is a `torch.library` op (`torch.ops.sparsify.*`) with a fake, a CPU and a CUDA implementation, and no host
 synchronisation on CUDA. They have no autograd formula yet: under grad mode the pass leaves attention as it was.
@@ -29,6 +30,7 @@ All masks hold together. A row that sees no key gives zeros, with sink logits to
 from sparsify.ops.attend import adaptive_attention, block_sparse_attention, exact_attention
 from sparsify.ops.counters import Counters, counting
 from sparsify.ops.select import select_blocks
+from sparsify.ops.verify import check_mask
 from sparsify.ops.version import VERSION
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Counters",
     "adaptive_attention",
     "block_sparse_attention",
+    "check_mask",
     "counting",
     "exact_attention",
     "select_blocks",

@@ -133,11 +133,12 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tenso
 
 def _is_for_sdpa(q: Tensor, k: Tensor, masks: Masks) -> bool:
     """Whether scaled_dot_product_attention says these masks without a tensor: nobody is faster."""
-    return masks.is_plain and masks.key_mask is None and (
-        masks.causal_offset is None or masks.causal_offset >= k.shape[2] - 1 or _is_top_left(q, k, masks))
+    sees_all = masks.causal_offset is None or masks.causal_offset >= k.shape[2] - 1
+    return masks.is_plain and masks.key_mask is None and (sees_all or _is_top_left(q, k, masks))
 
 
 def _is_top_left(q: Tensor, k: Tensor, masks: Masks) -> bool:
+    """Whether `is_causal` of SDPA is all there is to say."""
     return masks.is_plain and masks.key_mask is None and masks.causal_offset == 0 and q.shape[2] == k.shape[2]
 
 
@@ -162,6 +163,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tensor
             bias = masks.bias.to(q.dtype)
             mask = bias if sees is None else bias.masked_fill(~sees, -torch.inf)
             sees = mask > -torch.inf
+        if mask is not None and mask.shape[3] != k.shape[2]:  # fused kernels want a mask's last dimension dense
+            mask = mask.expand(-1, -1, -1, k.shape[2]).contiguous()
     group = q.shape[1] // k.shape[1]
     if group > 1 and q.is_cuda and q.dtype == torch.float32:  # no fused kernel has grouped heads in float32
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1

@@ -35,6 +35,7 @@ EXTRAS = [
     (129, 321, 63, "right", ("bias",)),
     (200, 200, None, None, ("alibi",)),
     (200, 333, None, "holes", ("bool",)),
+    (129, 70, None, None, ("rows",)),
     (257, 448, 191, "all", ("cap", "sinks")),
     (1, 65, 64, None, (30, "documents", "bias", "cap", "sinks")),
     (300, 200, -100, "left", (150, "documents", "bool", "cap", "sinks")),
@@ -141,6 +142,8 @@ def draw_extras(rng: torch.Generator, sizes: tuple[int, int, int, int],
             shown = (uniform(batch, 1, kv_len, q_len) > 0.4).mT
             shown[:, :, : q_len // 2, 64:128] = False
             drawn["attn_mask"] = shown
+        elif extra == "rows":  # some see nothing
+            drawn["attn_mask"] = uniform(batch, 1, q_len, 1) > 0.3
         elif extra == "cap":
             drawn["softcap"] = 4.0
         else:

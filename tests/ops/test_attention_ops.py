@@ -125,6 +125,43 @@ def test_selection_follows_the_rule(case, tolerance):
     assert (lists.counts % 2 == 0).all() and (lists.counts >= 2).all()
 
 
+def test_a_bias_makes_a_block_matter(rng, device):
+    """Block 2 weighs nothing by its keys; one key of it with a large bias is kept, and dropped without."""
+    case = Case.random(rng, device, 300, 640, None, None)
+    case.k[:, :, 128:192] *= 0.01
+    bias = torch.zeros(2, 4, 300, 640, device=device)
+    bias[:, 1, 140, 150] = 12.0
+    budget = (0.3, 1.0, 0, 0, 6)
+    for mask in (bias, None):
+        lists = KeptLists(*ops.select_blocks(*case.qkv[:2], *case.but(attn_mask=mask).arguments, *budget))
+        kept = rule.unpack(lists, 10)[:, :, :, 2]
+        assert kept[:, 1, 1].all() == (mask is not None)
+        assert not kept[:, 0, 1].all()
+
+
+def test_a_sink_takes_its_share(rng, device):
+    """Under a sink that takes nearly everything no block reaches the tolerance."""
+    case = Case.random(rng, device, 300, 640, None, None).but(sink_logits=torch.full((4,), 30.0, device=device))
+    budget = (0.3, 1.0, 0, 0, 6)
+    _, counts = ops.select_blocks(*case.qkv[:2], *case.arguments, *budget)
+    assert (counts == 2).all()  # nothing but the padding of empty lists
+    _, counts = ops.select_blocks(*case.qkv[:2], *case.but(sink_logits=None).arguments, *budget)
+    assert (counts > 2).any()
+
+
+@pytest.mark.parametrize("extras", [(200,), ("documents",)], ids=str)
+def test_blocks_out_of_sight_are_never_kept(extras, rng, device):
+    case = Case.random(rng, device, 1000, 1000, 0, None, extras)
+    seen = oracle.visible(1000, 1000, **{name: value for name, value in case.named.items() if name not in
+                                         ("scale", "softcap", "sink_logits", "attn_mask")}, device=device)
+    seen = torch.nn.functional.pad(seen, (0, 24, 0, 24)).unflatten(3, (16, 64)).unflatten(2, (8, 128)).any(3).any(-1)
+    lists = KeptLists(*ops.select_blocks(*case.qkv[:2], *case.arguments, 0.0, *BUDGET.values()))
+    kept = rule.unpack(lists, 16)
+    assert not (seen & ~kept).any(), "a block in sight was dropped at tolerance 0"
+    unseen = (kept & ~seen).sum()
+    assert unseen == 0 if extras == (200,) else unseen < (~seen).sum() * kept.shape[1] / 2  # documents: by their ranges
+
+
 @pytest.mark.parametrize("path", CPU_PATHS)
 def test_cpu_paths_agree_with_the_definition(path, rng, poisoned_memory):
     on_cpu = torch.Generator().manual_seed(rng.initial_seed())
@@ -171,7 +208,7 @@ def test_nan_is_not_swallowed(rng, device):
 
 def test_library_registration(rng, device):
     """Fakes tell the truth about shapes, dtypes and strides; schemas hold (torch.library.opcheck)."""
-    shapes = [*MASKS[:4], EXTRAS[-1]]
+    shapes = [*MASKS[:3], EXTRAS[7], EXTRAS[-1]]
     for shape, strided in itertools.product(shapes, (True, False)):
         case = Case.random(rng, device, *shape, strided=strided)
         tail = case.arguments
