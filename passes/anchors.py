@@ -62,14 +62,44 @@ def _read_sum(exponentials: fx.Node, scores: fx.Node) -> Anchor | None:
     (total,) = sums
     dim, sink, inner = arguments(total)["dim"][0], None, {exponentials, total}
     divisor = total
-    if len(total.users) == 1 and op_name(user := next(iter(total.users))) == "add" and argument(user, 1) in (1, 1.0):
-        if op_name(scores) == "sub":
-            return None  # the maximum that was subtracted is missing in the one that is added
-        divisor, sink = user, 0.0
+    if len(total.users) == 1 and op_name(user := next(iter(total.users))) == "add":
+        shifted = _shift_of(scores)
+        one = next((x for x in user.args if x is not total), None)
+        if shifted is None and isinstance(one, int | float) and one == 1:
+            divisor, sink = user, 0.0
+        elif shifted is not None and is_tensor(one) and _is_exp_of_minus(one, argument(scores, 1)):
+            divisor, sink = user, 0.0
+            inner |= {scores, *shifted}
+            scores = argument(scores)
     divisions = [user for user in exponentials.users if op_name(user) in ("div", "div_")
                  and argument(user) is exponentials and source(argument(user, 1), divisor) is divisor]
     weights = divisions[0] if len(divisions) == 1 else exponentials
     return Anchor("exp chain", scores, weights, dim, frozenset(inner), divisor, bool(divisions), sink)
+
+
+def _shift_of(node: fx.Node) -> set[fx.Node] | None:
+    """The nodes that make the number that is subtracted from every row of scores, None where nothing is subtracted."""
+    if op_name(node) != "sub" or not is_tensor(argument(node, 1)):
+        return None
+    return readers_of(argument(node), argument(node, 1))
+
+
+def _is_exp_of_minus(node: fx.Node, number: fx.Node) -> bool:
+    """Whether this is the exponential of a logit of 0, shifted like the others."""
+    return op_name(node) == "exp" and op_name(minus := argument(node)) == "neg" and argument(minus) is number
+
+
+def readers_of(scores: fx.Node, reduced: fx.Node) -> set[fx.Node]:
+    """The nodes that lead from the scores to a number a row; none where something else is read on the way."""
+    found: set[fx.Node] = set()
+    node = reduced
+    while True:
+        found.add(node)
+        if scores in node.all_input_nodes:
+            return found
+        if len(node.all_input_nodes) != 1:
+            return set()
+        (node,) = node.all_input_nodes
 
 
 def source(x: Any, until: fx.Node | None = None) -> fx.Node | None:

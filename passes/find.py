@@ -24,7 +24,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from sparsify.passes.anchors import ANCHORS, Anchor, read_anchor
+from sparsify.passes.anchors import ANCHORS, Anchor, read_anchor, readers_of
 from sparsify.passes.axes import (
     CASTS,
     Axis,
@@ -403,7 +403,7 @@ class _Finder:
             if own is None or (scores is second and (subtracts or alpha != 1)):
                 continue
             if state.sink is None and not set(leaves((state.keys,))) & set(flat(own)):
-                inner |= _readers_of(scores, tensor)  # one number a row, its maximum say: softmax does not see it
+                inner |= readers_of(scores, tensor)  # one number a row, its maximum say: softmax does not see it
                 choices.append((scores, state))
             else:
                 term = _Term("add", tensor, own, factor=factor * times)
@@ -555,6 +555,9 @@ class _Finder:
                                       ("value", values, value_reader)):
             if self._written_between(operand.node, reader, output):
                 raise _Stop(output, f"the {name} is written to in place before the output is computed")
+        sink = chain.state.sink
+        if isinstance(sink, Operand):
+            sink, _ = self._climb(sink, output)
         layout = self._layout(chain, key, values)
         query, key, values = (self._nearest(x, wanted, reader) for x, wanted, reader in (
             (chain.query, (layout.batch, layout.heads, layout.queries, layout.dim), scored),
@@ -562,11 +565,8 @@ class _Finder:
             (chain.value, (layout.batch, layout.kv_heads, layout.keys, layout.value_dim), chain.weighted)))
         dtype = self._dtype(chain, query, key)
         state = chain.state
-        sink = state.sink
         if isinstance(sink, Operand):
             sink = Operand(sink.node, resolve(sink.dims))
-            climbed, _ = self._climb(sink, output)
-            sink = climbed
             if set(flat(sink.dims)) - set(layout.heads):
                 raise _Stop(output, "the sink logit differs between queries or batch rows")
         indices = ((BATCH, layout.batch), (HEAD, layout.heads), (QUERY, layout.queries), (KEY, layout.keys))
@@ -680,20 +680,6 @@ def broadcast_batch(tensor: fx.Node, batch: Dims, last: Dims) -> Dims:
     own = batch[len(batch) - len(sizes):]
     return (*(() if is_one(size) else group for size, group in zip(sizes, own, strict=True)), *last)
 
-
-
-def _readers_of(scores: fx.Node, reduced: fx.Node) -> set[fx.Node]:
-    """The nodes that lead from the scores to a number a row, where nothing else reads them."""
-    found: set[fx.Node] = set()
-    node: Any = reduced
-    while is_tensor(node) or isinstance(node, fx.Node):
-        found.add(node)
-        if scores in node.all_input_nodes:
-            return found
-        if len(node.all_input_nodes) != 1:
-            return set()
-        (node,) = node.all_input_nodes
-    return set()
 
 
 def _factor_dtype(product: Product) -> torch.dtype:

@@ -174,6 +174,25 @@ def softmax_plus_one(q, k, v):
     return e / (1 + e.sum(-1, keepdim=True)) @ v
 
 
+def softmax_plus_one_without_overflow(q, k, v):
+    scores = q @ k.mT
+    top = scores.amax(-1, keepdim=True).clamp(min=0)
+    e = torch.exp(scores - top)
+    return e / (e.sum(-1, keepdim=True) + torch.exp(-top)) @ v
+
+
+def sink_column_of_folded_heads(q, k, v):
+    batch, heads = q.shape[:2]
+    sinks = v[0, :, 0, 0].view(1, -1, 1, 1).expand(batch, heads, 1, 1).flatten(0, 1).expand(-1, q.shape[2], -1)
+    scores = torch.cat([q.flatten(0, 1) @ k.flatten(0, 1).mT, sinks], -1)
+    return (scores.softmax(-1)[..., :-1] @ v.flatten(0, 1)).view(batch, heads, q.shape[2], -1)
+
+
+def filled_with_a_tensor(q, k, v):
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    return torch.where(hidden, torch.tensor(-1e9, dtype=q.dtype), q @ k.mT).softmax(-1) @ v
+
+
 def zero_column(q, k, v):
     return F.pad(q @ k.mT, (1, 0)).softmax(-1)[..., 1:] @ v
 
@@ -207,8 +226,9 @@ FOUND = [chain, softmax_method, float32_softmax, scale_on_queries, scale_on_tran
          added_mask_first, filled_in_place, scaled_in_place, kept_where, soft_cap, scaled_after_the_mask,
          values_on_the_left, tensor_scale, scale_per_head, scale_per_key, three_dims, two_dims, folded_heads,
          folded_heads_masked_unfolded, baddbmm, length_first, einsum_with_ellipsis, scores_length_first,
-         transposed_scores, multiply_and_sum, five_dims, exponentials, exponentials_without_the_maximum, divided_late,
-         log_softmax, logsumexp, softmax_plus_one, zero_column, sink_column, not_a_number_to_zero,
+         transposed_scores, multiply_and_sum, five_dims, exponentials, exponentials_without_the_maximum,
+         divided_late, log_softmax, logsumexp, softmax_plus_one, softmax_plus_one_without_overflow,
+         sink_column_of_folded_heads, filled_with_a_tensor, zero_column, sink_column, not_a_number_to_zero,
          bias_of_a_second_product, per_query_constant, weights_that_are_dropped]
 
 
@@ -294,6 +314,12 @@ def exponentials_over_queries(q, k, v):
     return e / e.sum(-2, keepdim=True) @ v
 
 
+def one_beside_shifted_exponentials(q, k, v):
+    scores = q @ k.mT
+    e = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return e / (e.sum(-1, keepdim=True) + 1) @ v  # the one is not shifted: a logit of its own for every row
+
+
 def sink_with_a_value(q, k, v):
     return F.pad(q @ k.mT, (1, 0)).softmax(-1) @ F.pad(v, (0, 0, 1, 0), value=1.0)
 
@@ -331,6 +357,7 @@ def float64(q, k, v):
     (softmax_over_two_dims, "stands between"),
     (exponentials_divided_by_the_wrong_sum, "not divided by the sum of their row"),
     (exponentials_over_queries, "does not sum over"),
+    (one_beside_shifted_exponentials, "stands between"),
     (sink_with_a_value, "carries a value"),
     (wrong_column_cut, "stands between"),
     (mixed_heads, "no queries share them"),
