@@ -123,8 +123,8 @@ def compiled_call(function: Callable[..., Any], compiler: Compiler, plan: Plan |
     """`torch.compile(function, backend=compiler)`, traced so that a plan costs one graph per bucket.
 
     Size-oblivious tracing makes a batch of 1 no graph of its own, but Dynamo cannot trace every model so (torch 2.11 to
-    2.13: slices whose end it cannot compare). It is tried for the whole graph; a model that resists is traced as
-    torch.compile does it from then on.
+    2.13: slices whose end it cannot compare). It is tried for the whole graph, with data-dependent shapes in it; a
+    model that resists is traced as torch.compile does it from then on.
     """
     whole = torch.compile(function, backend=compiler, dynamic=dynamic, fullgraph=True)
     call = whole if fullgraph else torch.compile(function, backend=compiler, dynamic=dynamic)
@@ -139,7 +139,7 @@ def compiled_call(function: Callable[..., Any], compiler: Compiler, plan: Plan |
         # A length of 1 stays a graph of its own: models branch on it (`is_causal = q_len > 1` must be a bool).
         if not resists and not any(1 in x.shape[1:] for x in inputs):
             try:
-                with tracing_config(room, size_oblivious=True):
+                with tracing_config(room, size_oblivious=True, data_dependent=True):
                     return whole(*args, **kwargs)
             except TorchDynamoException as error:
                 resists = True
@@ -159,12 +159,17 @@ def graph_room(plan: Plan | None) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def tracing_config(room: Mapping[str, int], size_oblivious: bool) -> Iterator[None]:
-    """Settings for one call. Without duck shaping, a batch of 2 and 2 heads do not become one symbol."""
+def tracing_config(room: Mapping[str, int], size_oblivious: bool, data_dependent: bool = False) -> Iterator[None]:
+    """Settings for one call. Without duck shaping, a batch of 2 and 2 heads do not become one symbol.
+
+    data_dependent: shapes that depend on values (`nonzero`) stay in the graph, where else it would break.
+    """
     dynamo: Any = torch._dynamo.config  # `patch` is made at run time
     shapes: Any = torch.fx.experimental._config
-    limits = {name: max(getattr(dynamo, name), needed) for name, needed in room.items()}
-    with dynamo.patch(limits), shapes.patch(use_duck_shape=False, backed_size_oblivious=size_oblivious):
+    settings: dict[str, Any] = {name: max(getattr(dynamo, name), needed) for name, needed in room.items()}
+    if data_dependent:
+        settings["capture_dynamic_output_shape_ops"] = True
+    with dynamo.patch(settings), shapes.patch(use_duck_shape=False, backed_size_oblivious=size_oblivious):
         yield
 
 

@@ -193,6 +193,21 @@ def test_an_outer_compile_takes_the_model_in():
     torch.testing.assert_close(outer(x), expected)
 
 
+def test_shapes_that_depend_on_values_break_no_graph():
+    def attention(q, frames):
+        for _ in range(2):
+            kept = q[:, :, frames.nonzero()[:, 0]]
+            q = torch.softmax(q @ kept.mT, -1) @ kept
+        return q
+
+    graphs = []
+    compiled = sparsify.compile(attention, PLAN, backend=lambda gm, inputs: graphs.append(gm) or gm.forward)
+    q = torch.randn(1, 2, 40, 8)
+    for frames in (torch.arange(40) % 3, torch.arange(40) % 2):
+        torch.testing.assert_close(compiled(q, frames), attention(q, frames))
+    assert len(graphs) == 1
+
+
 def test_copies_and_pickles_are_not_compiled():
     model = sparsify.compile(Attention().eval(), PLAN, backend="eager")
     x = torch.randn(2, 40, 16)

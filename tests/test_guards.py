@@ -61,7 +61,7 @@ def fresh():
 def graphs(monkeypatch):
     """(bucket, budget) of every graph that was compiled."""
     compiled = []
-    monkeypatch.setattr(backend, "_log", lambda records: compiled.append(
+    monkeypatch.setattr(backend, "log_records", lambda records: compiled.append(
         [(record.bucket, record.budget) for record in records]))
     return compiled
 
