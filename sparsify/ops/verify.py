@@ -11,27 +11,32 @@ from torch import Tensor
 from sparsify.errors import MaskError, ShapeError
 from sparsify.kernels.masks import Masks
 
+HIDDEN = -9e3
+"""An added value from here down hides. Proofs ask for -1e4, which bfloat16 rounds to -9984."""
+
 
 @torch.library.custom_op("sparsify::check_mask", mutates_args=())
-def check_mask(q: Tensor, visible: Tensor, kv_len: int, causal_offset: int | None, window: int | None,
+def check_mask(q: Tensor, mask: Tensor, kv_len: int, causal_offset: int | None, window: int | None,
                key_mask: Tensor | None, query_documents: Tensor | None, key_documents: Tensor | None,
-               carried: Tensor | None, site: int, line: str) -> Tensor:
+               attn_mask: Tensor | None, site: int, line: str) -> Tensor:
     """A copy of q, if mask and proof show each query the same keys; attention reads the copy, so the check stays.
 
-    visible is what the masks of the graph show, carried the part of it that is handed to attention as a tensor: bool,
-    broadcastable to [B, H, q_len, kv_len]. The masks between them are the proof, as in `sparsify.ops`. site and line
-    name the attention site in the error. Raises MaskError, and ShapeError where visible does not fit.
+    mask is all that the graph masks the scores with, in one tensor like attn_mask: [B or 1, H or 1, q_len or 1,
+    kv_len or 1], bool (True is visible) or floating (added). The arguments from causal_offset to attn_mask are the
+    proof, as attention gets them (see `sparsify.ops`). site and line name the attention site in the error. Raises
+    MaskError, and ShapeError where mask does not fit.
     """
-    proof = Masks(causal_offset, window, key_mask, query_documents, key_documents, carried)
+    proof = Masks(causal_offset, window, key_mask, query_documents, key_documents,
+                  None if attn_mask is None else _visible(attn_mask))
     shown = proof.visible(q.shape[2], kv_len, q.device)
     if shown is None:
         shown = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
-    scores = (*q.shape[:3], kv_len)
+    visible, scores = _visible(mask), (*q.shape[:3], kv_len)
     try:
         wrong = (visible ^ shown).expand(scores)
     except RuntimeError as error:
-        raise ShapeError(f"visible has shape {list(visible.shape)}. It must broadcast to [batch, heads, q_len, kv_len],"
-                         f" here {list(scores)}.") from error
+        raise ShapeError(f"mask has shape {list(mask.shape)}. It must broadcast to [batch, heads, q_len, kv_len], "
+                         f"here {list(scores)}.") from error
     if wrong.any():
         batch, head, query, key = place = tuple(wrong.nonzero()[0].tolist())
         shows, hides = ("mask", "proof") if visible.expand(scores)[place] else ("proof", "mask")
@@ -43,5 +48,9 @@ def check_mask(q: Tensor, visible: Tensor, kv_len: int, causal_offset: int | Non
 
 
 @check_mask.register_fake
-def _(q, visible, kv_len, causal_offset, window, key_mask, query_documents, key_documents, carried, site, line):
+def _(q, mask, kv_len, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, site, line):
     return torch.empty_like(q)
+
+
+def _visible(mask: Tensor) -> Tensor:
+    return mask > HIDDEN if mask.is_floating_point() else mask

@@ -14,9 +14,9 @@ def q(rng, device):
     return torch.randn(2, 3, Q_LEN, 8, generator=rng, device=device)
 
 
-def check(q, visible, causal_offset=None, window=None, key_mask=None, query_documents=None, key_documents=None,
-          carried=None):
-    return check_mask(q, visible, KV_LEN, causal_offset, window, key_mask, query_documents, key_documents, carried, 3,
+def check(q, mask, causal_offset=None, window=None, key_mask=None, query_documents=None, key_documents=None,
+          attn_mask=None):
+    return check_mask(q, mask, KV_LEN, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, 3,
                       "model.py:214")
 
 
@@ -31,7 +31,7 @@ def cases(rng, device):
     yield keys[:, None, None], {"key_mask": keys}
     yield (j <= i) & keys[:, None, None], {"causal_offset": 0, "key_mask": keys}
     yield (ids[:, :Q_LEN, None] == ids[:, None])[:, None], {"query_documents": ids[:, :Q_LEN], "key_documents": ids}
-    yield (j <= i) & carried, {"causal_offset": 0, "carried": carried}
+    yield (j <= i) & carried, {"causal_offset": 0, "attn_mask": carried}
     yield torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), {}
 
 
@@ -55,6 +55,18 @@ def test_one_wrong_pair_is_found(q, rng, device):
         assert f"the {hides} hides it; 1 of 210 pairs" in message
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("fill", [-1e4, "lowest", -torch.inf])
+def test_what_is_added_hides_where_it_is_low(q, device, dtype, fill):
+    fill = torch.finfo(dtype).min if fill == "lowest" else fill
+    bias = torch.linspace(-50, 50, KV_LEN, device=device).to(dtype).expand(1, 1, Q_LEN, KV_LEN)
+    hidden = torch.ones(1, 1, Q_LEN, KV_LEN, dtype=torch.bool, device=device).triu(1)
+    check(q, bias.masked_fill(hidden, fill), causal_offset=0, attn_mask=bias)
+    check(q, bias.masked_fill(hidden, fill), attn_mask=bias.masked_fill(hidden, fill))
+    with pytest.raises(MaskError):
+        check(q, bias.masked_fill(hidden, fill), attn_mask=bias)
+
+
 def test_a_proof_off_by_one_is_found(q, device):
     visible = torch.ones(1, 1, Q_LEN, KV_LEN, dtype=torch.bool, device=device).tril()
     for wrong in ({"causal_offset": 1}, {"causal_offset": -1}, {}, {"causal_offset": 0, "window": 3}):
@@ -63,7 +75,7 @@ def test_a_proof_off_by_one_is_found(q, device):
 
 
 def test_a_mask_of_another_shape_is_refused(q, device):
-    with pytest.raises(ShapeError, match=r"visible has shape \[1, 1, 5, 6\]"):
+    with pytest.raises(ShapeError, match=r"mask has shape \[1, 1, 5, 6\]"):
         check(q, torch.ones(1, 1, Q_LEN, KV_LEN - 1, dtype=torch.bool, device=device))
 
 
