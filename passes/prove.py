@@ -29,7 +29,7 @@ from torch.utils._sympy.functions import Min
 
 from sparsify.passes.buffers import Buffer, watch
 from sparsify.passes.emit import is_condition_on, is_writable
-from sparsify.passes.graph import expression, is_tensor, shape
+from sparsify.passes.graph import expression
 from sparsify.passes.reader import (
     Limits,
     TensorReader,
@@ -140,11 +140,9 @@ def _take_term(reader: TensorReader, term: MaskTerm, found: "_Arguments") -> boo
 
 def _check_fill(reader: TensorReader, term: MaskTerm) -> None:
     """What hidden scores become must hide them."""
-    rank = len(shape(term.fill)) if isinstance(term.fill, fx.Node) and is_tensor(term.fill) else 0
-    try:
-        fill = reader.operand(term.fill, (sympy.Integer(0),) * rank)
-    except WrittenInPlace as why:
-        raise _NoMask(str(why)) from None
+    fill = reader.constant(term.fill)
+    if fill is None:
+        raise _NoMask("hidden scores become a number that is not known")
     for x in branches(fill):
         if not (x.is_number and x * term.factor <= HIDDEN):
             raise _NoMask(f"hidden scores become {_short(x * term.factor)}, which is not low enough to hide them")
@@ -346,7 +344,10 @@ class _Arguments:
         ids = self.documents[0] if self.documents is not None else None
         if not isinstance(part, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt) or not isinstance(ids, AppliedUndef):
             return part
-        position = self.reader.positions_of(ids)
+        try:
+            position = self.reader.positions_of(ids)
+        except WrittenInPlace:
+            return part
         if not isinstance(position, sympy.Expr) or self.documents != (ids, ids.subs(QUERY, KEY)):
             return part
         difference, distance = part.lhs - part.rhs, position - position.subs(QUERY, KEY)

@@ -107,6 +107,13 @@ class TensorReader:
             return _number(value(x))
         return self.at(x, _broadcast(x, index))
 
+    def constant(self, x: Any) -> Value | None:
+        """A number, or the only element of a tensor; None where it has no value yet."""
+        try:
+            return self.at(x, (_ZERO,) * len(shape(x))) if is_tensor(x) else _number(value(x))
+        except (_Leaf, WrittenInPlace):
+            return None
+
     def leaf(self, node: fx.Node, index: Index) -> sympy.Basic:
         """An element by its name. Raises WrittenInPlace where the tensor is written to later."""
         last = self._writes.get(storage_root(node), (node,))[-1]

@@ -678,6 +678,12 @@ def test_a_fill_that_does_not_hide_is_refused():
     assert "not low enough" in function.sites[0].why
 
 
+def test_a_fill_that_is_not_a_number_is_refused():
+    function = Proven(attend_by_hand(lambda s: s, torch.nan, causal))
+    function.call(*qkv(9))
+    assert "not known" in function.sites[0].why
+
+
 def test_a_fill_counts_with_the_factors_after_it():
     function = Proven(attend_by_hand(lambda s: s * 0.5, -1e4, causal))
     function.call(*qkv(9))
