@@ -42,7 +42,7 @@ def rewrite(model: Any, *example_inputs: torch.Tensor) -> tuple[Callable[..., An
     compiled = torch.compile(model, backend=backend, dynamic=False)
 
     def call(*args: Any) -> Any:
-        with tracing_config(graph_room(DENSE), size_oblivious=False):
+        with tracing_config(graph_room(DENSE), size_oblivious=False, data_dependent=True):
             return compiled(*args)
 
     return call, lambda: executed

@@ -18,7 +18,17 @@ from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
-from sparsify.passes.graph import argument, arguments, expression, is_inert_dropout, same, same_shape, shape, value
+from sparsify.passes.graph import (
+    agree,
+    argument,
+    arguments,
+    expression,
+    is_inert_dropout,
+    same,
+    same_shape,
+    shape,
+    value,
+)
 
 Size = Any
 """An int or a SymInt."""
@@ -213,8 +223,8 @@ def broadcast(tensor: fx.Node, dims: Dims) -> Dims | None:
         return None
     own = dims[len(dims) - len(sizes):]
     result = tuple(() if is_one(size) else group for size, group in zip(sizes, own, strict=True))
-    fits = all(same(extent(leaves(group)), size) for group, size in zip(result, sizes, strict=True))
-    return result if fits else None
+    fits = all(not group or agree(extent(leaves(group)), size) for group, size in zip(result, sizes, strict=True))
+    return result if fits and all(group or is_one(size) for group, size in zip(result, sizes, strict=True)) else None
 
 
 def index_of(dims: Dims, layout: Sequence[tuple[sympy.Symbol, Group]]) -> tuple[sympy.Expr, ...]:

@@ -548,21 +548,19 @@ class _Finder:
         output, scored = chain.output.node, chain.scored
         if output.meta.get("requires_grad", False):
             raise _Stop(output, NEEDS_GRADIENTS)
-        key, key_reader = self._climb(chain.key, scored)
-        values, value_reader = self._climb(chain.value, chain.weighted)
-        query, query_reader = self._climb(chain.query, scored)
-        for name, operand, reader in (("query", query, query_reader), ("key", key, key_reader),
-                                      ("value", values, value_reader)):
-            if self._written_between(operand.node, reader, output):
-                raise _Stop(output, f"the {name} is written to in place before the output is computed")
+        paths = {"query": list(self._path(chain.query, scored)), "key": list(self._path(chain.key, scored)),
+                 "value": list(self._path(chain.value, chain.weighted))}
         sink = chain.state.sink
         if isinstance(sink, Operand):
-            sink, _ = self._climb(sink, output)
-        layout = self._layout(chain, key, values)
-        query, key, values = (self._nearest(x, wanted, reader) for x, wanted, reader in (
-            (chain.query, (layout.batch, layout.heads, layout.queries, layout.dim), scored),
-            (chain.key, (layout.batch, layout.kv_heads, layout.keys, layout.dim), scored),
-            (chain.value, (layout.batch, layout.kv_heads, layout.keys, layout.value_dim), chain.weighted)))
+            *_, (sink, _) = self._path(sink, output)
+        for name, path in paths.items():
+            operand, reader = path[-1]
+            if self._written_between(operand.node, reader, output):
+                raise _Stop(output, f"the {name} is written to in place before the output is computed")
+        layout = self._layout(chain, paths["key"][-1][0], paths["value"][-1][0])
+        query = _nearest(paths["query"], (layout.batch, layout.heads, layout.queries, layout.dim))
+        key = _nearest(paths["key"], (layout.batch, layout.kv_heads, layout.keys, layout.dim))
+        values = _nearest(paths["value"], (layout.batch, layout.kv_heads, layout.keys, layout.value_dim))
         dtype = self._dtype(chain, query, key)
         state = chain.state
         if isinstance(sink, Operand):
@@ -601,7 +599,10 @@ class _Finder:
         return dtype
 
     def _path(self, operand: Operand, reader: fx.Node) -> Iterable[tuple[Operand, fx.Node]]:
-        """The operand, then what it is a view of, step by step, each with the node that reads it."""
+        """The operand, then what it is a view of, step by step, each with the node that reads it.
+
+        The last has no axis that the operand does not vary along.
+        """
         node, dims = operand.node, operand.dims
         while True:
             yield Operand(node, dims), reader
@@ -609,22 +610,6 @@ class _Finder:
             if step is None:
                 return
             reader, (node, dims) = node, step
-
-    def _climb(self, operand: Operand, reader: fx.Node) -> tuple[Operand, fx.Node]:
-        """The last tensor of the path: it has no axis that the operand does not vary along."""
-        *_, last = self._path(operand, reader)
-        return last
-
-    def _nearest(self, operand: Operand, wanted: Dims, reader: fx.Node) -> Operand:
-        """The tensor of the path to rewrite from: the last in the op's layout, else the first without repeats."""
-        path = [x for x, _ in self._path(operand, reader)]
-        fewest = len(set(flat(path[-1].dims)))
-        candidates = [x for x in path if len(set(flat(x.dims))) == fewest]
-        narrowest = min(value(x.node).dtype.itemsize for x in candidates)
-        candidates = [x for x in candidates if value(x.node).dtype.itemsize == narrowest]
-        fitting = [x for x in candidates if resolve(x.dims) == wanted]
-        chosen = fitting[-1] if fitting else candidates[0]
-        return Operand(chosen.node, resolve(chosen.dims))
 
     def _layout(self, chain: _Chain, key: Operand, values: Operand) -> Layout:
         keys = leaves(chain.keys)
@@ -680,6 +665,17 @@ def broadcast_batch(tensor: fx.Node, batch: Dims, last: Dims) -> Dims:
     own = batch[len(batch) - len(sizes):]
     return (*(() if is_one(size) else group for size, group in zip(sizes, own, strict=True)), *last)
 
+
+
+def _nearest(path: list[tuple[Operand, fx.Node]], wanted: Dims) -> Operand:
+    """The tensor of a path to rewrite from: the last in the op's layout, else the first without repeats."""
+    operands = [Operand(x.node, resolve(x.dims)) for x, _ in path]
+    fewest = len(set(flat(operands[-1].dims)))
+    operands = [x for x in operands if len(set(flat(x.dims))) == fewest]
+    narrowest = min(value(x.node).dtype.itemsize for x in operands)
+    operands = [x for x in operands if value(x.node).dtype.itemsize == narrowest]
+    fitting = [x for x in operands if x.dims == wanted]
+    return fitting[-1] if fitting else operands[0]
 
 
 def _factor_dtype(product: Product) -> torch.dtype:

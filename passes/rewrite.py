@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from sparsify import ops
 from sparsify.passes.arrange import rearrange
@@ -247,7 +248,8 @@ def _sdpa_causality(query: fx.Node, key: fx.Node, site: AttentionSite, mask: Mas
     """
     if (mask.visible_keys != TRUE or mask.window is not None or mask.documents is not None
             or site.softcap is not None or site.sink_logits is not None
-            or any(term.kind != "add" for term in mask.carried)):
+            or any(term.kind != "add" for term in mask.carried)
+            or free_unbacked_symbols((site.q_len, site.kv_len))):  # SDPA would compare them
         return None
     on_slow_path = value(query).dtype == torch.float32 and value(query).device.type == "cuda"
     if on_slow_path and not same(shape(query)[1], shape(key)[1]):

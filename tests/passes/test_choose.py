@@ -19,7 +19,7 @@ def test_each_length_runs_its_own_bucket():
     for length in (100, 5, 20, 63, 15, 64, 7, 16, 1000):
         function.call(*qkv(length))
         tolerance = PLAN.bucket_of(length).budget.tolerance
-        assert [arguments[6] for arguments in function.ops] == ([] if tolerance is None else [tolerance])
+        assert [arguments[12] for arguments in function.ops] == ([] if tolerance is None else [tolerance])
     assert len(function.graphs) == 3
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from graphs import qkv, rewritten
 
+from sparsify import ops
 from sparsify.plan import Bucket, Budget, Plan
 
 SPARSE = Plan((Bucket(1, None, Budget(0.0)),))
@@ -54,7 +55,7 @@ def test_the_op_is_told_its_budget_and_place():
     function.call(*qkv(9))
     first, second = function.records
     assert (first.outcome, second.outcome) == ("exact", "sparse")
-    assert function.ops[1][3:] == (pytest.approx(0.3), 0, None, 0.25, 0.5, 2, 3, 4, 1, 1)
+    assert function.ops[1][3:] == (pytest.approx(0.3), 0, *[None] * 5, 0.0, None, 0.25, 0.5, 2, 3, 4, 1, ops.VERSION)
 
 
 def test_sdpa_without_a_mask_is_kept_where_the_plan_is_dense():
