@@ -256,7 +256,7 @@ class _Finder:
             raise _Stop(below.node, "the product with the values does not sum over what the softmax runs over")
         output = below.node
         if anchor.total is not None and not anchor.divided:
-            output = self._late_division(anchor, below.node, scores, dim, out_dims)
+            output, out_dims = self._late_division(anchor, below.node, scores, dim, out_dims)
         summed_dims = tuple(axis for axis in flat(query.dims) if axis not in flat(dims))
         rows = tuple(keys if i == dim else group for i, group in enumerate(scores))
         return _Chain(anchor.form, rows, keys, query, key,
@@ -264,13 +264,22 @@ class _Finder:
                       Operand(below.node.meta.get("stands_for", output), out_dims), product.node, below.node,
                       summed_dims, state, _factor_dtype(product))
 
-    def _late_division(self, anchor: Anchor, product: fx.Node, scores: Dims, dim: int, out: Dims) -> fx.Node:
-        """The division of the product by the sum of the exponentials."""
-        users = list(product.users)
-        if len(users) != 1 or base_name(users[0]) != "div" or argument(users[0]) is not product:
-            raise _Stop(product, "the exponentials are not divided by their sum")
-        self._check_division(anchor, users[0], out, scores, dim)
-        return users[0]
+    def _late_division(self, anchor: Anchor, product: fx.Node, scores: Dims, dim: int,
+                       out: Dims) -> tuple[fx.Node, Dims]:
+        """The division of the product, perhaps in another layout, by the sum of the exponentials."""
+        node = product
+        while len(node.users) == 1:
+            (user,) = node.users
+            if argument(user) is not node:
+                break
+            if base_name(user) == "div":
+                self._check_division(anchor, user, out, scores, dim)
+                return user, out
+            below = view_down(user, out)
+            if below is None:
+                break
+            node, out = user, below
+        raise _Stop(product, "the exponentials are not divided by their sum")
 
     def _check_division(self, anchor: Anchor, division: fx.Node, dims: Dims, scores: Dims, dim: int) -> None:
         """Every row is divided by its own sum."""
@@ -623,11 +632,16 @@ class _Finder:
         alone = [tuple(a for a in group if a not in shared) for group in rows]
         queries = self._query_group(chain, alone, keys)
         groups = tuple(a for group in alone for a in group if a not in queries)
-        with_common = [group for group in common if group]
-        batch: Group = tuple(a for group in with_common[:-1] for a in group)
-        kv_heads: Group = with_common[-1] if with_common else ()
-        if len(with_common) == 1:  # heads folded into the batch, or no heads at all
-            batch, kv_heads = (kv_heads[:-1], kv_heads[-1:]) if len(kv_heads) > 1 else (kv_heads, ())
+        with_common = [i for i, group in enumerate(common) if group]
+        batch: Group = tuple(a for i in with_common[:-1] for a in common[i])
+        kv_heads: Group = common[with_common[-1]] if with_common else ()
+        if with_common == [0]:  # heads folded into the batch, or no heads: unless each has a sink logit of its own
+            sink = chain.state.sink
+            alone_is_batch = not (isinstance(sink, Operand) and set(kv_heads) & set(flat(sink.dims)))
+            if len(kv_heads) > 1:
+                batch, kv_heads = kv_heads[:-1], kv_heads[-1:]
+            elif alone_is_batch:
+                batch, kv_heads = kv_heads, ()
         dim = leaves(chain.dim)
         rest = {*keys, *(a for group in rows for a in group)}
         value_dim = tuple(a for group in resolve(chain.output.dims) for a in group if a not in rest)

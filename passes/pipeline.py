@@ -15,8 +15,11 @@ from sparsify.passes.site import SiteRecord
 from sparsify.plan import Plan
 
 
-def run(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan) -> tuple[fx.GraphModule, list[SiteRecord]]:
+def run(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
+        verify_masks: bool = False) -> tuple[fx.GraphModule, list[SiteRecord]]:
     """Rewrite the attention of a Dynamo graph under `plan`: the new graph, and what became of each site.
+
+    `verify_masks`: ops in the graph compare every mask with its proof whenever it runs.
 
     The sites inside a higher-order op are numbered after those of the graph around it.
     """
@@ -28,5 +31,5 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan) -> tuple[
         found = find_attention(graph)
         proven = prove_masks(graph, found, buffers if graph is normal else {})
         chosen = choose_budgets(proven, plan, strict, len(records))
-        records += rewrite(graph, chosen, len(records))
+        records += rewrite(graph, chosen, len(records), verify_masks)
     return normal, records

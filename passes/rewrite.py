@@ -51,10 +51,12 @@ STRIDE_BLIND = {aten.reshape.default, aten.contiguous.default, aten.linear.defau
 RELAYOUTS = {aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default}
 
 
-def rewrite(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0) -> list[SiteRecord]:
-    """Rewrite `gm` in place; the first site is number `first_index`."""
-    rewriter = _Rewriter(first_index)
+def rewrite(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0,
+            verify_masks: bool = False) -> list[SiteRecord]:
+    """Rewrite `gm` in place; the first site is number `first_index`. `verify_masks`: proofs are checked in each run."""
+    rewriter = _Rewriter(first_index, verify_masks)
     records = [rewriter.rewrite_site(place, site) for place, site in enumerate(sites)]
+    _trace_to_the_user(gm.graph)
     _remove_dead_code(gm.graph)
     gm.graph.lint()
     gm.recompile()
@@ -64,8 +66,9 @@ def rewrite(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_ind
 class _Rewriter:
     """Rewrites the sites of one graph in order; remembers what the next may meet again."""
 
-    def __init__(self, first_index: int) -> None:
+    def __init__(self, first_index: int, verify_masks: bool) -> None:
         self.first_index = first_index
+        self.verify_masks = verify_masks
         self.replaced: dict[fx.Node, fx.Node] = {}  # old outputs: one site may attend to another's
         self.masks: dict[Any, Any] = {}  # layers share their masks
 
@@ -101,6 +104,11 @@ class _Rewriter:
         with graph.inserting_before(at):
             query, key, values = (_cast(graph, node, site.dtype) for node in (query, key, values))
             query, key = self.scaled(site, query, key)
+            terms = tuple(term for term in site.masks if term.kind != "gate")
+            if self.verify_masks and terms:
+                mask, kv_len = self.attn_mask(site, terms), size_node(expression(site.kv_len), at)
+                query = emit(graph, torch.ops.sparsify.check_mask.default, query, mask, kv_len, offset, window,
+                             visible_keys, *documents, attn_mask, index, site.origin.line)
             scale = _scale(graph, (*site.scales, *((Scale(site.softcap),) if site.softcap is not None else ())))
             causal = _sdpa_causality(query, key, site, chosen.mask) if budget.is_dense else None
             if causal is not None:
@@ -305,6 +313,18 @@ def _strides_matter(node: fx.Node) -> bool:
     """Whether a user of the output could tell its strides: a view that must fit, or a returned tensor."""
     return any(_strides_matter(user) if user.target in RELAYOUTS else user.target not in STRIDE_BLIND
                for user in node.users)
+
+
+def _trace_to_the_user(graph: fx.Graph) -> None:
+    """Nodes that a rewrite added point at the code of the node they were added for, which follows them."""
+    code: dict[str, Any] = {}
+    for node in reversed(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if "stack_trace" in node.meta:
+            code = {name: node.meta[name] for name in ("stack_trace", "nn_module_stack") if name in node.meta}
+        else:
+            node.meta.update(code)
 
 
 def _remove_dead_code(graph: fx.Graph) -> None:
