@@ -102,7 +102,7 @@ class _Writer:
 
     def __init__(self, leaves: Mapping[str, fx.Node], symbol: sympy.Symbol, length: Any, at: fx.Node) -> None:
         self.leaves, self.symbol, self.at, self.graph = leaves, symbol, at, at.graph
-        self.device = next(n.meta["val"].device for n in at.all_input_nodes if is_tensor(n))
+        self.device = value(at).device
         self.size, self.length_expr, self.length = length, expression(length), size_node(expression(length), at)
 
     def rows(self, node: fx.Node) -> fx.Node:
