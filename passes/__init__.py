@@ -1,6 +1,15 @@
 """The graph pass: finds attention in an FX graph and rewrites it into the ops of `sparsify.ops`.
 
-Graph in, graph out; launches nothing. `run` is the whole pass, `find_attention` looks without touching.
+Graph in, graph out; launches nothing. `run` is the whole pass, in front of any backend of torch.compile:
+
+    def backend(gm, example_inputs):
+        graph, records = run(gm, example_inputs, Plan.default("cuda"))
+        return another_backend(graph, example_inputs)
+
+    torch.compile(model, backend=backend)
+
+Its parts stand alone: `find_attention(normalise(gm, example_inputs))` looks without touching, and takes what
+torch.export gives as well.
 """
 
 if __name__ != "sparsify.passes":

@@ -46,6 +46,7 @@ from sparsify.passes.axes import (
 )
 from sparsify.passes.graph import (
     agree,
+    agree_in_shape,
     argument,
     arguments,
     aten,
@@ -54,7 +55,6 @@ from sparsify.passes.graph import (
     mutations,
     origin,
     same,
-    same_shape,
     shape,
     storage_root,
     value,
@@ -327,7 +327,7 @@ class _Finder:
                 with contextlib.suppress(_Stop):
                     return self._walk_up(node, scores, dims, after, set(inner))
             user, (node, state) = node, leading[-1]
-            if not same_shape(shape(node), shape(user)):
+            if not agree_in_shape(shape(node), shape(user)):
                 raise _Stop(user, f"a mask widens the scores from {shape(node)} to {shape(user)}")
 
     def _leads(self, node: Any) -> bool:
@@ -388,7 +388,7 @@ class _Finder:
             scale: Any = factor
             if is_tensor(factor):
                 own = broadcast(factor, dims)
-                if own is None or not same_shape(shape(scores), shape(node)):
+                if own is None or not agree_in_shape(shape(scores), shape(node)):
                     continue
                 scale = Operand(factor, own)
             choices.append((scores, replace(state, scales=(Scale(scale, divides), *state.scales))))

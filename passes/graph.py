@@ -79,6 +79,11 @@ def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
+def agree_in_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two shapes are equal; held to it by guards."""
+    return len(a) == len(b) and all(agree(x, y) for x, y in zip(a, b, strict=True))
+
+
 def argument(node: fx.Node, place: int = 0) -> Any:
     """A positional argument of a call."""
     return node.args[place]
