@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import capture, qkv, rewritten
+from torch._dynamo.backends.debugging import aot_eager
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils.checkpoint import checkpoint
 
@@ -287,3 +288,26 @@ def test_inputs_have_the_names_that_the_user_gave_them():
     graph = capture(lambda x, mask: model(x) * mask["keys"], torch.randn(3, 4), {"keys": torch.ones(4)}, dynamic=False)
     names = {node.meta["source"] for node in graph.graph.find_nodes(op="placeholder")}
     assert names == {"x", "mask['keys']", "model.0.weight", "model.0.bias"}
+
+
+def test_gradients_flow_through_copied_calls():
+    layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+    def function(x):
+        for layer in layers:
+            with torch.no_grad():
+                gate = (x @ x.mT).softmax(-1)
+            x = checkpoint(lambda x, layer=layer: layer(x).relu_() + x, gate @ x, use_reentrant=False)
+        return x
+
+    def backend(gm, example_inputs):
+        from sparsify.passes import normalise
+
+        return aot_eager(normalise(gm, example_inputs), example_inputs)
+
+    torch._dynamo.reset()
+    with torch.enable_grad():
+        x = torch.randn(2, 5, 8)
+        expected = torch.autograd.grad(function(x).cos().sum(), list(layers.parameters()))
+        compiled = torch.compile(function, backend=backend, fullgraph=True)
+        torch.testing.assert_close(torch.autograd.grad(compiled(x).cos().sum(), list(layers.parameters())), expected)
