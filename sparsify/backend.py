@@ -101,8 +101,7 @@ def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan 
                   verify_masks: bool = False) -> tuple[fx.GraphModule, list[SiteRecord]]:
     """Run the pass; if it fails, warn once and hand back the graph as it was."""
     try:
-        verification = {"verify_masks": True} if verify_masks else {}
-        return passes.run(gm, example_inputs, plan or default_plan(example_inputs), **verification)
+        return passes.run(gm, example_inputs, plan or default_plan(example_inputs), verify_masks)
     except RestartAnalysis:
         raise  # Dynamo's way to trace again, knowing more
     except Exception as error:

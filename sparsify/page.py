@@ -6,9 +6,10 @@ from typing import Any
 
 COLUMNS = {
     "site": "graph, and place in it", "where": "source line, module", "form": "how it was written",
-    "outcome": "what it became", "op": "what runs now", "mask": "as proven", "depends": "inputs that the mask reads",
-    "bucket": "key lengths that this graph serves", "budget": "of this site in this bucket",
-    "density": "kept share of the score area, this call", "why": "how the bucket was known, or why it was left",
+    "outcome": "what it became", "op": "what runs now", "mask": "as proven",
+    "depends": "inputs that masks and biases are made of", "bucket": "key lengths that this graph serves",
+    "budget": "of this site in this bucket", "density": "kept share of the score area, this call",
+    "why": "how the bucket was known, or why it was left",
 }
 
 STYLE = """

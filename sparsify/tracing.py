@@ -33,12 +33,10 @@ def describe(record: SiteRecord, density: float | None = None) -> str:
     place = f"{record.module or '(no module)'} at {record.line}"
     if record.outcome == "refused":
         return f"{place}\n    {record.form}, left as it was: {record.why}"
-    told = record.to_dict()
-    depends = f" (depends on {', '.join(told['depends'])})" if told.get("depends") else ""
-    op = f", {told['op']}" if told.get("op") else ""
+    depends = f" (made of {', '.join(record.depends)})" if record.depends else ""
     share = "" if density is None else f", density {density:.3f}"
     return (f"{place}\n    {record.form}, mask: {record.mask}{depends}\n"
-            f"    {record.outcome}{op}{share}; bucket {record.bucket}, budget {record.budget} ({record.why})")
+            f"    {record.outcome}, {record.op}{share}; bucket {record.bucket}, budget {record.budget} ({record.why})")
 
 
 def trace_graph(name: str, gm: fx.GraphModule) -> None:

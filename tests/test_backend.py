@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsify
-from sparsify import Bucket, Budget, DeviceError, ModelError, OptionError, Plan, PlanError, ShapeError
+from sparsify import Bucket, Budget, DeviceError, MaskError, ModelError, OptionError, Plan, PlanError, ShapeError
 from sparsify import backend as backend_module
 from sparsify.explanation import ExplainedSite, Explanation
-from sparsify.passes import SiteRecord
+from sparsify.passes import SiteRecord, pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = Plan((Bucket(1, 32, Budget.dense()), Bucket(32, None, Budget(0.0))))
@@ -266,6 +267,36 @@ def test_verify_masks_reaches_the_pass_and_not_inductor(monkeypatch, verify):
     assert seen == [verify, verify]
 
 
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_verify_masks_finds_a_proof_that_is_wrong(monkeypatch, inner):
+    def layers(q, keep, bias):
+        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        q = (q @ q.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ q
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e9) + (1.0 - keep[:, None, None].float()) * -1e9
+        q = (q @ q.mT + mask).softmax(-1) @ q
+        return F.scaled_dot_product_attention(q, q, q, bias.masked_fill(hidden, -torch.inf))
+
+    def inputs(length):
+        return torch.randn(2, 4, length, 8), torch.arange(length) < torch.tensor([[length], [3]]), \
+            torch.randn(4, length, length)
+
+    compiled = sparsify.compile(layers, PLAN, backend=inner, options={"verify_masks": True})
+    for x in (inputs(40), inputs(50)):
+        torch.testing.assert_close(compiled(*x), layers(*x), atol=1e-5, rtol=1e-5)
+
+    prove = pipeline.prove_masks
+
+    def prove_wrongly(*arguments):
+        first, *rest = prove(*arguments)
+        return [replace(first, mask=replace(first.mask, causal_offset=first.mask.causal_offset + 1)), *rest]
+
+    monkeypatch.setattr(pipeline, "prove_masks", prove_wrongly)
+    torch._dynamo.reset()
+    compiled = sparsify.compile(layers, PLAN, backend=inner, options={"verify_masks": True})
+    with pytest.raises(MaskError, match=r"site 0 at test_backend.py:\d+: the proof shows key 1 to query 0"):
+        compiled(*inputs(40))
+
+
 def test_torch_logs_and_torch_trace_tell_what_the_pass_did(tmp_path):
     code = """
         import torch, sparsify
@@ -309,10 +340,10 @@ def test_explain_says_what_became_of_each_site():
     (site,) = explanation.sites
     told = {"graph": 0, "index": 0, "outcome": "sparse", "form": "softmax chain", "line": site.record.line,
             "module": "", "why": "guard on the key length", "node": site.record.node, "mask": "causal",
-            "bucket": "[32, inf)", "budget": "tolerance 0", "density": 1.0}
-    assert told.items() <= site.to_dict().items()
+            "bucket": "[32, inf)", "budget": "tolerance 0", "op": "adaptive_attention", "depends": (), "density": 1.0}
+    assert site.to_dict() == told
     assert site.record.line.startswith("test_backend.py:")
-    for word in ("causal", "[32, inf)", "tolerance 0", "test_backend.py", "density 1.000"):
+    for word in ("causal", "[32, inf)", "tolerance 0", "test_backend.py", "density 1.000", "adaptive_attention"):
         assert word in str(explanation)
     assert explanation.to_dict()["sites"] == [site.to_dict()]
 
@@ -329,6 +360,7 @@ def test_explain_makes_a_page_of_its_own():
     assert [row[0] for row in rows] == ["0.0", "0.1"]
     assert all("test_backend.py:" in row[1] and row[2] == "sdpa" for row in rows)
     assert "dropout is active" in rows[1][-1]
+    assert explanation.sites[0].record.depends and ", ".join(explanation.sites[0].record.depends) in rows[0]
     for loads in ("http", "src=", "href=", "@import", "url(", "<script"):
         assert loads not in page
     assert len(page) < 4000

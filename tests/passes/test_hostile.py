@@ -333,7 +333,7 @@ def scores_normalised(q, k, v):
     return F.layer_norm(scores(q, k), (k.shape[2],)).softmax(-1) @ v
 
 
-@left(*STANDS, "differ between", extra=lambda q, k, v: (torch.randn(4, 4),))
+@left("differ between", "no queries share", *STANDS, extra=lambda q, k, v: (torch.randn(4, 4),))
 def heads_mixed_before_the_softmax(q, k, v, mix):
     return torch.einsum("bhqk,hg->bgqk", scores(q, k), mix).softmax(-1) @ v
 
