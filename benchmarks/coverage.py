@@ -153,8 +153,8 @@ def write_table(dense_file: str, sparse_file: str) -> None:
     left = [row for row in dense["rows"] if row["verdict"] in ("missed", "partial")]
     lines = [
         "# Attention found in real architectures", "",
-        f"Written by `python -m benchmarks.coverage table`: torch {torch.__version__}, CPU, dense plan. A call counts as",
-        "found if its rewritten form runs and the output of the model stays the same.", "",
+        f"Written by `python -m benchmarks.coverage table`: torch {torch.__version__}, CPU, dense plan.",
+        "A call counts as found if its rewritten form runs and the output of the model stays the same.", "",
         "| library | entries fully covered | attention calls found |", "|---|---|---|",
         *(f"| {name} | {total['fully_covered']} / {total['entries']} "
           f"| {total['found_calls']} / {total['expected_calls']} |"
@@ -184,4 +184,5 @@ def write_table(dense_file: str, sparse_file: str) -> None:
 
 
 if __name__ == "__main__":
-    {"sparse": run_sparse, "table": write_table}[sys.argv[1]](*sys.argv[2:])
+    commands: dict[str, Callable[..., None]] = {"sparse": run_sparse, "table": write_table}
+    commands[sys.argv[1]](*sys.argv[2:])

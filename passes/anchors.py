@@ -64,7 +64,7 @@ def _read_sum(exponentials: fx.Node, scores: fx.Node) -> Anchor | None:
     divisor = total
     if len(total.users) == 1 and op_name(user := next(iter(total.users))) == "add":
         shifted = _shift_of(scores)
-        one = next((x for x in user.args if x is not total), None)
+        one: Any = next((x for x in user.args if x is not total), None)
         if shifted is None and isinstance(one, int | float) and one == 1:
             divisor, sink = user, 0.0
         elif shifted is not None and is_tensor(one) and _is_exp_of_minus(one, argument(scores, 1)):

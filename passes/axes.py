@@ -198,6 +198,12 @@ def op_name(node: fx.Node) -> str:
     return node.target._opname if isinstance(node.target, OpOverload) else ""
 
 
+def base_name(node: fx.Node) -> str:
+    """The name of an ATen op without the underscore of its in-place form."""
+    name = op_name(node)
+    return name.removesuffix("_") if name and node.target._schema.is_mutable else name  # type: ignore[union-attr]
+
+
 def permutation(node: fx.Node) -> list[int]:
     """Where each dim of a permuting op comes from."""
     named = arguments(node)

@@ -62,7 +62,7 @@ def add_shadow(tracer: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> N
 
 def drop_useless_shadows(graph: fx.Graph) -> None:
     """Refuse the calls of which more than the output is read: a rewrite would leave the call there."""
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         output = node.meta.get("stands_for")
         if output is None:
             continue
@@ -70,7 +70,16 @@ def drop_useless_shadows(graph: fx.Graph) -> None:
         if any(user is not output and user.users for user in call.users):
             call.meta["refusal"] = "the logsumexp or the maxima of flex_attention are used"
         if "refusal" in call.meta or not output.users:
-            del node.meta["stands_for"]
+            _erase(node)
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase a node, and what only it read."""
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        if not source.users and source.op in ("call_function", "get_attr"):
+            _erase(source)
 
 
 def _node(x: Tensor, tracer: Any) -> fx.Node:

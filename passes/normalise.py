@@ -33,8 +33,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sparsify.passes.emit import size_node
 from sparsify.passes.flex import add_shadow, drop_useless_shadows
 from sparsify.passes.fused import OPENED
+from sparsify.passes.graph import same
 from sparsify.passes.replay import Metadata, Template, Traced, Unrepeatable, key_of, template
 
 OURS = ("aten", "prims")
@@ -58,6 +60,7 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     normal.meta.update(gm.meta)
     for old, new in zip(*(graph.find_nodes(op="placeholder") for graph in (gm.graph, normal.graph)), strict=True):
         new.meta["source"] = _source(old)
+    _forget_readers_of_metadata(normal.graph)
     _remove_dead_code(normal)
     _mark_requires_grad(normal, [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes])
     return normal
@@ -280,6 +283,7 @@ def _open(body: fx.GraphModule, operands: Sequence[Any]) -> fx.GraphModule:
     normal = reenter_make_fx(functools.partial(_interpret, body))(*operands)
     normal.meta.update(body.meta)
     normal.meta[NORMALISED] = body
+    _forget_readers_of_metadata(normal.graph)
     _remove_dead_code(normal)
     root.register_module(f"body_{len(list(root.children()))}", normal)
     return normal
@@ -301,6 +305,41 @@ def _tracer() -> Any:
     return mode.tracer
 
 
+def _forget_readers_of_metadata(graph: fx.Graph) -> None:
+    """Calls that read no more of a tensor than its shape or dtype are told those instead: it may vanish then."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        make = {aten.expand_as.default: aten.expand.default, aten.view_as.default: aten.view.default,
+                aten.reshape_as.default: aten.reshape.default}.get(node.target)
+        if node.target is aten.type_as.default:
+            node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
+        elif make is not None:
+            node.target, node.args = make, (node.args[0], _sizes(node))
+        elif node.target in FILLED and _is_contiguous(tensor := node.meta["val"]):
+            fill = FILLED[node.target]
+            node.args = (_sizes(node), node.args[1] if fill is None else fill)
+            node.kwargs = {"dtype": tensor.dtype, "device": tensor.device}
+            node.target = aten.full.default
+
+
+def _is_contiguous(tensor: Any) -> bool:
+    """Whether a tensor is known to be as `full` would make it."""
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tensor.layout is torch.strided and all(map(same, tensor.stride(), strides))
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    return [size if isinstance(size, int) else size_node(size.node.expr, node) for size in node.meta["val"].shape]
+
+
+FILLED = {torch.ops.aten.full_like.default: None, torch.ops.aten.zeros_like.default: 0,
+          torch.ops.aten.ones_like.default: 1}
+PRODUCTS = {torch.ops.aten.matmul.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default,
+            torch.ops.aten.einsum.default, torch.ops.aten.scaled_dot_product_attention.default}
+
+
 def _remove_dead_code(normal: fx.GraphModule) -> None:
     """Erase what nothing reads: weights that are computed and dropped are not in use.
 
@@ -308,6 +347,8 @@ def _remove_dead_code(normal: fx.GraphModule) -> None:
     """
 
     def is_needed(node: fx.Node) -> bool:
+        if node.target in PRODUCTS:
+            return True  # attention whose result nobody reads is found, and removed after that
         if "unbacked_bindings" in node.meta or "stands_for" in node.meta:
             return True
         return node.is_impure() or (isinstance(node.target, OpOverload) and node.target.namespace not in OURS)

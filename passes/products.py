@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from sparsify.passes.axes import Axis, Dims, Group, is_one, op_name, resolve
-from sparsify.passes.graph import arguments, is_tensor, shape
+from sparsify.passes.graph import argument, arguments, is_tensor, shape
 
 Labels = tuple[str | None, ...]
 
@@ -152,15 +152,17 @@ def _multiply_and_sum(node: fx.Node) -> Product | None:
         return None
     names = string.ascii_letters[: len(shape(factors))]
     summed = names[dims[0] % len(names)]
-    left, right = factors.args
+    left, right = argument(factors), argument(factors, 1)
     if not (is_tensor(left) and is_tensor(right)):
         return None
     own = [names[len(names) - len(shape(x)):] for x in (left, right)]
     product = _labelled(node, left, right, own[0], own[1], names.replace(summed, ""))
     if product is None or product.left_labels.count(summed) + product.right_labels.count(summed) < 2:
         return None
-    return replace(product, out_labels=tuple(product.out_labels[: names.index(summed)]) + (None,) * a["keepdim"]
-                   + tuple(product.out_labels[names.index(summed):]))
+    out = list(product.out_labels)
+    if a["keepdim"]:
+        out.insert(names.index(summed), None)
+    return replace(product, out_labels=tuple(out))
 
 
 READERS: Mapping[str, Callable[[fx.Node], Product | None]] = {

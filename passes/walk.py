@@ -1,0 +1,330 @@
+"""The walk from a softmax up to the product that made its scores, and down to the product that takes its weights.
+
+On the way up the scores meet casts, views, masks, biases, scales, a soft cap and a sink column; `Scores` holds what was
+met. On the way down the weights meet casts, views and inert dropout. Every node must have one user, the next; where two
+operands may be the scores, the one that leads to a product is.
+"""
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from sparsify.passes.anchors import Anchor, readers_of
+from sparsify.passes.axes import (
+    CASTS,
+    Axis,
+    Dims,
+    base_name,
+    broadcast,
+    flat,
+    is_one,
+    is_view,
+    leaves,
+    op_name,
+    view_down,
+    view_up,
+)
+from sparsify.passes.graph import (
+    agree_in_shape,
+    argument,
+    arguments,
+    is_inert_dropout,
+    is_tensor,
+    same,
+    shape,
+    value,
+)
+from sparsify.passes.products import Product, read_product
+from sparsify.passes.site import Operand, Scale
+
+DROPOUT = "dropout is active: dropping key blocks would change what it draws"
+ELEMENTWISE = {"mul", "div", "add", "sub", "masked_fill", "where", "tanh"}
+
+
+class Stop(Exception):
+    """The walk cannot go on: at this node, for this reason."""
+
+    def __init__(self, node: fx.Node, why: str) -> None:
+        super().__init__(why)
+        self.node, self.why = node, why
+
+
+@dataclass(frozen=True)
+class Term:
+    """A MaskTerm before the op's layout is known: `dims` instead of an index."""
+
+    kind: Any
+    tensor: fx.Node
+    dims: Dims
+    fill: Any = float("-inf")
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was met between a softmax and the product above it; steps in the order they are applied."""
+
+    keys: Axis
+    scales: tuple[Scale, ...] = ()
+    terms: tuple[Term, ...] = ()
+    softcap: float | None = None
+    sink: Any = None  # a number, or an Operand, of one more column beside the keys
+    columns: Axis | None = None  # softmax runs over these, keys and sink, if the sink is a column
+    sink_first: bool = False
+
+
+class Walker:
+    """Walks one graph; remembers which nodes lead to a product."""
+
+    def __init__(self) -> None:
+        self.leads_to_product: dict[fx.Node, bool] = {}
+
+    def up(self, user: fx.Node, node: Any, dims: Dims, state: Scores,
+                 inner: set[fx.Node]) -> tuple[Product, Dims, Scores]:
+        while True:
+            if not is_tensor(node):
+                raise Stop(user, "the scores are no tensor of this graph")
+            if any(other is not user and other not in inner for other in node.users):
+                raise Stop(node, "the scores are used elsewhere too")
+            if (product := read_product(node)) is not None:
+                return product, dims, self._with_added(product, dims, state)
+            if (step := view_up(node, dims)) is not None:
+                user, (node, dims) = node, step
+                continue
+            name = base_name(node)
+            if name in CASTS:
+                user, node = node, argument(node)
+                continue
+            if name in ("cat", "pad", "constant_pad_nd"):
+                user, (node, dims, state) = node, self._sink_column(node, dims, state)
+                continue
+            if name not in ELEMENTWISE:
+                raise Stop(node, f"{node.target} stands between the keys and the softmax")
+            choices = self._read_step(node, dims, state, inner)
+            leading = [choice for choice in choices if self._leads(choice[0])] or choices[:1]
+            for scores, after in leading[:-1]:
+                with contextlib.suppress(Stop):
+                    return self.up(node, scores, dims, after, set(inner))
+            user, (node, state) = node, leading[-1]
+            if not agree_in_shape(shape(node), shape(user)):
+                raise Stop(user, f"a mask widens the scores from {shape(node)} to {shape(user)}")
+
+    def _leads(self, node: Any) -> bool:
+        """Whether a walk up from here may meet a product."""
+        if not is_tensor(node):
+            return False
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            if top in self.leads_to_product:
+                stack.pop()
+                continue
+            if read_product(top) is not None:
+                self.leads_to_product[top] = True
+                continue
+            walkable = base_name(top) in ELEMENTWISE or is_view(top)
+            sources = [x for x in top.all_input_nodes if is_tensor(x)] if walkable else []
+            unknown = [x for x in sources if x not in self.leads_to_product]
+            if unknown:
+                stack += unknown
+            else:
+                self.leads_to_product[top] = any(self.leads_to_product[x] for x in sources)
+        return self.leads_to_product[node]
+
+    def _read_step(self, node: fx.Node, dims: Dims, state: Scores, inner: set[fx.Node]) -> list[tuple[Any, Scores]]:
+        """One elementwise op: where the scores may be, and what is known once they are there."""
+        name, named = base_name(node), arguments(node)
+        if name in ("mul", "div"):
+            return self._read_scaling(node, name == "div", named["self"], named["other"], dims, state)
+        if name == "tanh":
+            return [(named["self"], self._with_softcap(node, state))]
+        if state.softcap is not None:
+            raise Stop(node, "the scores are masked before they are capped")
+        if name in ("add", "sub"):
+            return self._read_addition(node, name == "sub", named, dims, state, inner)
+        factor = self._factor(node, state)
+        if name == "masked_fill":
+            term = self._term(node, "hide", named["mask"], dims, factor, named["value"])
+            return [(named["self"], replace(state, terms=(term, *state.terms)))]
+        kept, hidden = named["self"], named["other"]
+        choices = []
+        for kind, scores, fill in (("keep", kept, hidden), ("hide", hidden, kept)):
+            if self._leads(scores):
+                term = self._term(node, kind, named["condition"], dims, factor, fill)
+                choices.append((scores, replace(state, terms=(term, *state.terms))))
+        if not choices:
+            raise Stop(node, "neither choice of a where is scores")
+        return choices
+
+    def _read_scaling(self, node: fx.Node, divides: bool, first: Any, second: Any, dims: Dims,
+                      state: Scores) -> list[tuple[Any, Scores]]:
+        if divides and node.kwargs.get("rounding_mode") is not None:
+            raise Stop(node, "the scores are rounded")
+        choices = []
+        for scores, factor in ((first, second), (second, first))[: 1 if divides else 2]:
+            if not is_tensor(scores):
+                continue
+            scale: Any = factor
+            if is_tensor(factor):
+                own = broadcast(factor, dims)
+                if own is None or not agree_in_shape(shape(scores), shape(node)):
+                    continue
+                scale = Operand(factor, own)
+            choices.append((scores, replace(state, scales=(Scale(scale, divides), *state.scales))))
+        if not choices:
+            raise Stop(node, "a scale widens the scores")
+        return choices
+
+    def _read_addition(self, node: fx.Node, subtracts: bool, named: dict[str, Any], dims: Dims, state: Scores,
+                       inner: set[fx.Node]) -> list[tuple[Any, Scores]]:
+        first, second, alpha = named["self"], named["other"], named.get("alpha", 1)
+        factor = self._factor(node, state)
+        if not isinstance(alpha, int | float):
+            raise Stop(node, "a symbolic multiple of something is added to the scores")
+        if not is_tensor(second):
+            if state.sink is not None:
+                raise Stop(node, "a number is added to the scores beside a sink logit")
+            return [(first, state)]  # the same for every key: softmax does not see it
+        choices = []
+        for scores, tensor, times in ((first, second, -alpha if subtracts else alpha), (second, first, 1)):
+            own = broadcast(tensor, dims)
+            if own is None or (scores is second and (subtracts or alpha != 1)):
+                continue
+            if state.sink is None and not set(leaves((state.keys,))) & set(flat(own)):
+                inner |= readers_of(scores, tensor)  # one number a row, its maximum say: softmax does not see it
+                choices.append((scores, state))
+            else:
+                term = Term("add", tensor, own, factor=factor * times)
+                choices.append((scores, replace(state, terms=(term, *state.terms))))
+        if not choices:
+            raise Stop(node, "what is added to the scores widens them")
+        return choices
+
+    def _term(self, node: fx.Node, kind: Any, tensor: fx.Node, dims: Dims, factor: float, fill: Any) -> Term:
+        own = broadcast(tensor, dims)
+        if own is None:
+            raise Stop(node, f"a mask widens the scores to {shape(node)}")
+        if is_tensor(fill) and any(not is_one(size) for size in shape(fill)):
+            return Term(kind, tensor, own, self._uniform(node, fill), factor)
+        return Term(kind, tensor, own, fill, factor)
+
+    def _uniform(self, node: fx.Node, fill: fx.Node) -> Any:
+        """The one number that fills a tensor."""
+        source = fill
+        while is_view(source):
+            source = argument(source)
+        if op_name(source) in ("full", "full_like", "new_full"):
+            return arguments(source)["fill_value"]
+        if op_name(source) in ("zeros", "zeros_like", "new_zeros"):
+            return 0.0
+        if all(is_one(size) for size in shape(source)):
+            return source
+        raise Stop(node, f"hidden scores become the elements of {fill.name}")
+
+    def _factor(self, node: fx.Node, state: Scores) -> float:
+        """By what the scores are multiplied after this node."""
+        result = 1.0
+        for scale in state.scales:
+            if isinstance(scale.value, Operand):
+                raise Stop(node, "the scores are scaled by a tensor after they are masked")
+            number = float(value(scale.value))  # of a symbolic number: a guard fixes it
+            result = result / number if scale.divides else result * number
+        return result
+
+    def _with_softcap(self, node: fx.Node, state: Scores) -> Scores:
+        if state.softcap is not None:
+            raise Stop(node, "the scores are capped twice")
+        return replace(state, scales=(), softcap=self._factor(node, state))
+
+    def _with_added(self, product: Product, dims: Dims, state: Scores) -> Scores:
+        """baddbmm(mask, q, k): the mask that the product adds, and its factor."""
+        if product.added is not None and product.beta != 0:
+            if state.softcap is not None:
+                raise Stop(product.node, "the scores are masked before they are capped")
+            if not isinstance(product.beta, int | float):
+                raise Stop(product.node, "a symbolic multiple of something is added to the scores")
+            own = broadcast(product.added, dims)
+            assert own is not None, "the product has the shape of its result"
+            term = Term("add", product.added, own, factor=self._factor(product.node, state) * product.beta)
+            state = replace(state, terms=(term, *state.terms))
+        if isinstance(product.alpha, fx.Node) or product.alpha != 1:
+            state = replace(state, scales=(Scale(product.alpha), *state.scales))
+        return state
+
+    def _sink_column(self, node: fx.Node, dims: Dims, state: Scores) -> tuple[Any, Dims, Scores]:
+        """One more logit beside the scores: cat([scores, sinks]) or pad(scores, (1, 0))."""
+        rank, named = len(dims), arguments(node)
+        dim = next(i for i, group in enumerate(dims) if state.keys in group) if state.keys in flat(dims) else -1
+        if dim < 0 or len(dims[dim]) != 1 or state.sink is not None or state.terms or state.scales or state.softcap:
+            raise Stop(node, f"{node.target} stands between the keys and the softmax")
+        sink: Any
+        if base_name(node) == "cat":
+            parts = named["tensors"]
+            if named["dim"] % rank != dim or len(parts) != 2:
+                raise Stop(node, "scores of several products are put side by side")
+            first = is_one(shape(parts[0])[dim])
+            scores, sink_node = parts[::-1] if first else parts
+            if not is_one(shape(sink_node)[dim]):
+                raise Stop(node, "scores of several products are put side by side")
+            sink = Operand(sink_node, tuple(() if i == dim else group for i, group in enumerate(dims)))
+        else:
+            pads, scores = list(named["pad"]), named["self"]
+            if len(pads) < 2 * (rank - dim) - 1 or named.get("mode", "constant") != "constant":
+                raise Stop(node, "the scores are padded")
+            before, after = pads[2 * (rank - 1 - dim): 2 * (rank - 1 - dim) + 2]
+            if sorted((before, after)) != [0, 1] or sum(map(abs, pads)) != 1:
+                raise Stop(node, "the scores are padded")
+            first, sink = before == 1, float(named["value"] or 0.0)
+        keys = Axis(shape(scores)[dim])
+        state = replace(state, sink=sink, columns=state.keys, keys=keys, sink_first=first)
+        return scores, (*dims[:dim], (keys,), *dims[dim + 1:]), state
+
+    def down(self, anchor: Anchor, dims: Dims, state: Scores) -> tuple[Product, fx.Node, Dims]:
+        node = anchor.weights
+        waits = state.columns is not None
+        while True:
+            users = [u for u in node.users if u not in anchor.inner]
+            if not users:
+                raise Stop(node, "the attention weights are used by nothing")
+            if len(users) > 1:
+                leaving = [u for u in users if u.op == "output"]
+                raise Stop(node, "the attention weights are returned" if leaving
+                            else "the attention weights are used elsewhere too")
+            user = users[0]
+            if user.op == "output":
+                raise Stop(node, "the attention weights are returned")
+            product = read_product(user)
+            if base_name(user) == "mul" and len(user.users) == 1:  # multiplied here, summed next
+                product = read_product(next(iter(user.users)))
+            if product is not None and product.left is not product.right and node in (product.left, product.right):
+                if waits:
+                    raise Stop(user, "the sink logit carries a value")
+                adds = product.added is not None and product.beta != 0
+                if adds or isinstance(product.alpha, fx.Node) or product.alpha != 1:
+                    raise Stop(user, "the product with the values adds or scales")
+                return product, node, dims
+            if base_name(user) == "dropout" and not is_inert_dropout(user):
+                raise Stop(user, DROPOUT)
+            if waits and (sliced := self._without_sink(user, dims, state)) is not None:
+                node, dims, waits = user, sliced, False
+                continue
+            if base_name(user) == "nan_to_num" and not arguments(user)["nan"]:
+                node = user
+                continue
+            below = view_down(user, dims)
+            if below is None or argument(user) is not node:
+                raise Stop(user, f"{user.target} stands between the softmax and the values")
+            node, dims = user, below
+
+    def _without_sink(self, user: fx.Node, dims: Dims, state: Scores) -> Dims | None:
+        """The dims of the weights once the column of the sink is cut off."""
+        if op_name(user) != "slice" or state.columns is None:
+            return None
+        named = arguments(user)
+        dim = named["dim"] % len(dims)
+        rest = dims[:dim] + ((state.keys,),) + dims[dim + 1:]
+        start = 1 if state.sink_first else 0
+        fits = same(shape(user)[dim], state.keys.size) and same(named["start"] or 0, start) and named["step"] == 1
+        return rest if dims[dim] == (state.columns,) and fits else None
