@@ -8,8 +8,11 @@ Graph in, graph out; launches nothing. `run` is the whole pass, in front of any 
 
     torch.compile(model, backend=backend)
 
-Its parts stand alone: `find_attention(normalise(gm, example_inputs))` looks without touching, and takes what
-torch.export gives as well.
+Its parts stand alone, on what torch.export gives as well:
+
+    normal = normalise(gm, example_inputs)
+    find_attention(normal)                    looks without touching
+    rewrite(normal, plan)                     rewrites in place
 """
 
 if __name__ != "sparsify.passes":
@@ -19,7 +22,7 @@ if __name__ != "sparsify.passes":
 
 from sparsify.passes.find import find_attention
 from sparsify.passes.normalise import normalise
-from sparsify.passes.pipeline import run
+from sparsify.passes.pipeline import rewrite, run
 from sparsify.passes.site import AttentionSite, MaskProof, Refused, SiteRecord
 
-__all__ = ["AttentionSite", "MaskProof", "Refused", "SiteRecord", "find_attention", "normalise", "run"]
+__all__ = ["AttentionSite", "MaskProof", "Refused", "SiteRecord", "find_attention", "normalise", "rewrite", "run"]

@@ -145,6 +145,8 @@ def view_up(node: fx.Node, dims: Dims, *, through_casts: bool = False) -> tuple[
         return _expansion_up(arguments(node)["self"], dims)
     if name == "repeat_interleave" and "repeats" in (named := arguments(node)) and isinstance(named["dim"], int):
         return _interleaving_up(named["self"], dims, named["dim"], named["repeats"])
+    if name in ("index", "index_select"):
+        return _indexing_up(node, dims)
     if name == "repeat":
         return _repetition_up(argument(node), dims, argument(node, 1))
     if name == "slice" and same_shape(shape(node), shape(argument(node))):
@@ -164,6 +166,28 @@ def _interleaving_up(source: fx.Node, dims: Dims, dim: int, repeats: Any) -> tup
         return None
     parted = regroup(dims[dim], (shape(source)[dim], repeats))
     return None if parted is None else (source, (*dims[:dim], parted[0], *dims[dim + 1:]))
+
+
+def _indexing_up(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
+    """x[:, arange(heads) // times], spelled with index or index_select: every head of x `times` times."""
+    named = arguments(node)
+    indices = named["indices"] if "indices" in named else [None] * (named["dim"] % len(dims)) + [named["index"]]
+    if not indices or indices[-1] is None or any(x is not None for x in indices[:-1]):
+        return None
+    index = indices[-1]
+    if op_name(index) in ("floor_divide", "div") and op_name(argument(index)) == "arange":
+        floors = op_name(index) == "floor_divide" or index.kwargs.get("rounding_mode") == "floor"
+        counted, times = argument(index), argument(index, 1)
+        fits = floors and arguments(counted).get("start", 0) == 0 and arguments(counted).get("step", 1) == 1
+    elif op_name(index) == "repeat_interleave" and op_name(argument(index)) == "arange":
+        counted, times = argument(index), arguments(index).get("repeats")
+        fits = arguments(counted).get("start", 0) == 0 and arguments(counted).get("step", 1) == 1
+    else:
+        return None
+    dim = len(indices) - 1
+    if not fits or not isinstance(times, int) or not same(shape(named["self"])[dim] * times, shape(node)[dim]):
+        return None
+    return _interleaving_up(named["self"], dims, dim, times)
 
 
 def _repetition_up(source: fx.Node, dims: Dims, repeats: Sequence[Any]) -> tuple[fx.Node, Dims] | None:

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import (
     statically_known_true,
 )
 
-from sparsify.passes.graph import shape
+from sparsify.passes.graph import expression, is_tensor, shape
 from sparsify.passes.site import ChosenSite, ProvenSite, Refused
 from sparsify.plan import Bucket, Budget, Plan
 
@@ -50,11 +50,12 @@ def choose_budgets(sites: Sequence[ProvenSite | Refused], plan: Plan,
 
 
 def strict_symbols(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> frozenset[sympy.Symbol]:
-    """Symbols of the sizes for which mark_dynamic promised a range: a guard inside it is an error of the user's."""
+    """Symbols that must not be compared: of sizes for which mark_dynamic promised a range, where a guard is an error of
+    the user's; all of them where Dynamo does not compile (torch.export), since nobody would check a guard."""
     context = TracingContext.try_get()
-    symbols: set[sympy.Symbol] = set()
     if context is None:
-        return frozenset()
+        return all_symbols(gm)
+    symbols: set[sympy.Symbol] = set()
     for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         known = context.tensor_to_context.get(x) if isinstance(x, torch.Tensor) else None
         if known is None:
@@ -63,6 +64,12 @@ def strict_symbols(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> frozens
             if isinstance(constraint, StrictMinMaxConstraint) and isinstance(size, torch.SymInt):
                 symbols |= size.node.expr.free_symbols
     return frozenset(symbols)
+
+
+def all_symbols(gm: fx.GraphModule) -> frozenset[sympy.Symbol]:
+    """The symbols of all sizes of the inputs."""
+    sizes = [size for node in gm.graph.find_nodes(op="placeholder") if is_tensor(node) for size in shape(node)]
+    return frozenset(symbol for size in sizes for symbol in expression(size).free_symbols)
 
 
 def _buckets_of(length: Any, plan: Plan, strict: frozenset[sympy.Symbol]) -> tuple[list[Bucket], str]:
@@ -76,7 +83,7 @@ def _buckets_of(length: Any, plan: Plan, strict: frozenset[sympy.Symbol]) -> tup
     if free_unbacked_symbols(length):
         return possible, "the key length is unbacked: no guard, the most exact budget of its range"
     if length.node.expr.free_symbols & strict:
-        return possible, "mark_dynamic fixes the range of the key length: no guard, the most exact budget of its range"
+        return possible, "no guard may narrow the key length: the most exact budget of its range"
     return [next(b for b in possible if b.hi is None or length < b.hi)], "guard on the key length"
 
 

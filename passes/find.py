@@ -167,7 +167,8 @@ class _Finder:
         except Stop as stop:
             if _is_online(anchor):
                 stop.why = ONLINE
-            return _refuse(anchor.form if shadowed is None else "flex_attention", shadowed or stop.node, stop.why)
+            where = shadowed or (anchor.weights if stop.node.op == "placeholder" else stop.node)
+            return _refuse(anchor.form if shadowed is None else "flex_attention", where, stop.why)
 
     def _chain(self, anchor: Anchor) -> Chain:
         scores = fresh(shape(anchor.weights))

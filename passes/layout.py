@@ -154,7 +154,7 @@ def _layout(chain: Chain, key: Operand, values: Operand) -> Layout:
         sink = chain.state.sink
         alone_is_batch = not (isinstance(sink, Operand) and set(kv_heads) & set(flat(sink.dims)))
         if len(kv_heads) > 1:
-            batch, kv_heads = kv_heads[:-1], kv_heads[-1:]
+            batch, kv_heads = kv_heads[:1], kv_heads[1:]
         elif alone_is_batch:
             batch, kv_heads = kv_heads, ()
     dim = leaves(chain.dim)

@@ -6,11 +6,11 @@ from typing import Any
 from torch import fx
 
 from sparsify.passes.buffers import buffers_of
-from sparsify.passes.choose import choose_budgets, strict_symbols
+from sparsify.passes.choose import all_symbols, choose_budgets, strict_symbols
 from sparsify.passes.find import find_attention
 from sparsify.passes.normalise import graphs, normalise
 from sparsify.passes.prove import prove_masks
-from sparsify.passes.rewrite import rewrite
+from sparsify.passes.rewrite import rewrite_sites
 from sparsify.passes.site import SiteRecord
 from sparsify.plan import Plan
 
@@ -20,16 +20,26 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
     """Rewrite the attention of a Dynamo graph under `plan`: the new graph, and what became of each site.
 
     `verify_masks`: ops in the graph compare every mask with its proof whenever it runs.
-
-    The sites inside a higher-order op are numbered after those of the graph around it.
     """
     normal = normalise(gm, example_inputs)
-    strict = strict_symbols(normal, example_inputs)
-    buffers = buffers_of(normal, example_inputs)
+    return normal, rewrite(normal, plan, example_inputs, verify_masks)
+
+
+def rewrite(gm: fx.GraphModule, plan: Plan, example_inputs: Sequence[Any] = (),
+            verify_masks: bool = False) -> list[SiteRecord]:
+    """Rewrite a graph that `normalise` made, in place: what became of each site.
+
+    The sites inside a higher-order op are numbered after those of the graph around it. With the inputs that Dynamo
+    hands to a backend, key lengths are compared with the plan's buckets (each comparison is a guard) and buffers are
+    read; without them no guard could hold, so a length that may be in several buckets gets the most exact budget.
+    """
+    guarded = len(example_inputs) > 0
+    strict = strict_symbols(gm, example_inputs) if guarded else all_symbols(gm)
+    buffers = buffers_of(gm, example_inputs) if guarded else {}
     records: list[SiteRecord] = []
-    for graph in graphs(normal):
+    for graph in graphs(gm):
         found = find_attention(graph)
-        proven = prove_masks(graph, found, buffers if graph is normal else {})
+        proven = prove_masks(graph, found, buffers if graph is gm else {})
         chosen = choose_budgets(proven, plan, strict, len(records))
-        records += rewrite(graph, chosen, len(records), verify_masks)
-    return normal, records
+        records += rewrite_sites(graph, chosen, len(records), verify_masks)
+    return records

@@ -9,7 +9,7 @@ over.
 """
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,7 +147,8 @@ def _einsum(node: fx.Node) -> Product | None:
 def _multiply_and_sum(node: fx.Node) -> Product | None:
     """sum(x * y, dim): a product of two broadcast tensors."""
     a = arguments(node)
-    factors, dims = a["self"], a.get("dim") or ()
+    factors = a["self"]
+    dims: Sequence[int] = a.get("dim") or ()
     if op_name(factors) != "mul" or len(factors.users) != 1 or len(dims) != 1:
         return None
     names = string.ascii_letters[: len(shape(factors))]

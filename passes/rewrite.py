@@ -51,8 +51,8 @@ STRIDE_BLIND = {aten.reshape.default, aten.contiguous.default, aten.linear.defau
 RELAYOUTS = {aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default}
 
 
-def rewrite(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0,
-            verify_masks: bool = False) -> list[SiteRecord]:
+def rewrite_sites(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0,
+                  verify_masks: bool = False) -> list[SiteRecord]:
     """Rewrite `gm` in place; the first site is number `first_index`. `verify_masks`: proofs are checked in each run."""
     rewriter = _Rewriter(first_index, verify_masks)
     records = [rewriter.rewrite_site(place, site) for place, site in enumerate(sites)]

@@ -100,6 +100,8 @@ class Walker:
             if name in ("cat", "pad", "constant_pad_nd"):
                 user, (node, dims, state) = node, self._sink_column(node, dims, state)
                 continue
+            if node.op == "placeholder":
+                raise Stop(user, "the scores are an input, no product of queries and keys")
             if name not in ELEMENTWISE:
                 raise Stop(node, f"{node.target} stands between the keys and the softmax")
             choices = self._read_step(node, dims, state, inner)

@@ -6,7 +6,7 @@ from graphs import qkv
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from sparsify.passes import AttentionSite, find_attention, normalise, run
+from sparsify.passes import AttentionSite, find_attention, normalise, rewrite, run
 from sparsify.plan import Bucket, Budget, Plan
 
 
@@ -59,3 +59,19 @@ def test_an_exported_program_is_a_graph_too():
     graph, records = run(exported, inputs, Plan.dense())
     assert [(record.outcome, record.mask) for record in records] == [("exact", "causal")]
     torch.testing.assert_close(graph(*inputs), attention(*inputs))
+
+
+def test_an_exported_length_is_never_compared():
+    class Model(nn.Module):
+        def forward(self, q, k, v):
+            return attention(q, k, v)
+
+    inputs = qkv(40)
+    length = torch.export.Dim("length", min=2, max=4096)
+    exported = torch.export.export(Model(), inputs, dynamic_shapes=[{2: length}] * 3)
+    graph = normalise(exported.module(check_guards=False), inputs)
+    plan = Plan((Bucket(1, 64, Budget(0.1)), Bucket(64, None, Budget(0.3))))
+    (record,) = rewrite(graph, plan)
+    assert record.outcome == "sparse"
+    longer = qkv(100)
+    assert graph(*longer).shape == longer[0].shape

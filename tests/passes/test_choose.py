@@ -47,7 +47,7 @@ def test_a_promised_range_across_an_edge_gets_its_most_exact_budget(most, budget
     function.call(q, k, v)
     (record,) = function.records
     assert record.budget == budget
-    assert ("mark_dynamic" in record.why) == (most == 60)
+    assert ("no guard may narrow" in record.why) == (most == 60)
 
 
 def test_a_promised_range_inside_a_bucket_is_known():

@@ -411,6 +411,8 @@ REPEATS = {
     "expand": expand_reshape,
     "contiguous": lambda x, n: expand_reshape(x, n).contiguous(),
     "repeat_interleave": lambda x, n: x.repeat_interleave(n, dim=1),
+    "index": lambda x, n: x[:, torch.arange(x.shape[1] * n) // n],
+    "index_select": lambda x, n: x.index_select(1, torch.arange(x.shape[1]).repeat_interleave(n)),
     "flatten": lambda x, n: x.unsqueeze(2).expand(-1, -1, n, -1, -1).flatten(1, 2),
 }
 
