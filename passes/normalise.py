@@ -156,7 +156,7 @@ class _Interpreter(fx.Interpreter):
     def _first(self, node: fx.Node, key: Hashable, tensors: list[Traced]) -> Any:
         """Trace a call that may be repeated later."""
         inputs = [x.current(self._tracer) for x in tensors]
-        last = next(reversed(self._tracer.graph.nodes))
+        last = next(reversed(self._tracer.graph.nodes), None)
         result = self._traced(node)
         added = list(itertools.takewhile(lambda n: n is not last, reversed(self._tracer.graph.nodes)))[::-1]
         made = template(self._tracer, added, tensors, inputs, result, self._metadata)
@@ -172,6 +172,9 @@ class _Interpreter(fx.Interpreter):
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], op: str) -> Any:
         if op == "call_method":
             return self.call_method(target, args, kwargs)
+        if target is torch.div and kwargs.get("rounding_mode") and all(isinstance(x, int) for x in args):
+            # A size, made with torch.div of two ints: a tensor of a fake mode would have no value.
+            return int(args[0] / args[1]) if kwargs["rounding_mode"] == "trunc" else args[0] // args[1]
         if isinstance(target, HigherOrderOperator):
             return _carry(target, args, kwargs)
         if target in OPENED:

@@ -22,6 +22,7 @@ from sparsify.passes.arrange import rearrange
 from sparsify.passes.axes import Dims, flat, op_name
 from sparsify.passes.emit import documents, key_mask, size_node
 from sparsify.passes.graph import (
+    arguments,
     aten,
     emit,
     expression,
@@ -331,6 +332,8 @@ def _remove_dead_code(graph: fx.Graph) -> None:
     """Erase what nothing reads, in-place writes to tensors that nothing reads any more too."""
 
     def is_needed(node: fx.Node) -> bool:
+        if node.target is aten.scaled_dot_product_attention.default:  # impure to torch, for the sake of its dropout
+            return arguments(node)["dropout_p"] != 0
         return node.is_impure() and not is_inert_dropout(node)
 
     graph.eliminate_dead_code(is_needed)

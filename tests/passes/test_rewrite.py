@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import qkv, rewritten
+from graphs import capture, qkv, rewritten
 
 from sparsify import ops
 from sparsify.plan import Bucket, Budget, Plan
@@ -158,3 +158,28 @@ def test_autocast_decides_the_dtype(function, inside):
             got, expected = result.call(*inputs), function(*inputs)
     assert got.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(got, expected, atol=0.05, rtol=0.05)  # a few bfloat16 roundings of values up to 4
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_prefill_builds_no_tensor_of_queries_and_keys(implementation, padded):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, intermediate_size=48, attn_implementation=implementation)
+    model = transformers.LlamaForCausalLM(config).eval()
+    length = 47  # no other size of the model
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, :5 * padded] = 0
+
+    def logits(ids, mask):
+        return model(ids, attention_mask=mask if padded else None, use_cache=False).logits
+
+    def squares(graph):
+        values = [node.meta.get("val") for node in graph.graph.nodes]
+        return [x for x in values if isinstance(x, torch.Tensor) and [int(size) for size in x.shape].count(length) == 2]
+
+    ids = torch.randint(50, (2, length))
+    function = rewritten(logits, dynamic=False)
+    torch.testing.assert_close(function.call(ids, mask)[mask.bool()], logits(ids, mask)[mask.bool()])
+    assert squares(capture(logits, ids, mask, dynamic=False)), "there were some"
+    assert not squares(function.graphs[-1])
