@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import RestartAnalysis, TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from sparsify import passes
 from sparsify.errors import DeviceError, ModelError, OptionError, ShapeError
@@ -140,7 +141,7 @@ def compiled_call(function: Callable[..., Any], compiler: Compiler, plan: Plan |
             try:
                 with tracing_config(room, size_oblivious=True, data_dependent=True):
                     return whole(*args, **kwargs)
-            except TorchDynamoException as error:
+            except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
                 resists = True
                 log.debug("traced with sizes of 1 apart: %s", error)
         with tracing_config(room, size_oblivious=False):
