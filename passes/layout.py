@@ -78,6 +78,11 @@ def name_axes(chain: Chain, writes: Writes) -> AttentionSite:
         operand, reader = path[-1]
         if writes.between(operand.node, reader, output):
             raise Stop(output, f"the {name} is written to in place before the output is computed")
+    for scale in chain.state.scales:
+        if isinstance(scale.value, Operand) and writes.between(scale.value.node, scored, output):
+            raise Stop(output, "the scale is written to in place before the output is computed")
+    if isinstance(sink, Operand) and writes.between(sink.node, scored, output):
+        raise Stop(output, "the sink logits are written to in place before the output is computed")
     layout = _layout(chain, paths["key"][-1][0], paths["value"][-1][0])
     query = _nearest(paths["query"], (layout.batch, layout.heads, layout.queries, layout.dim))
     key = _nearest(paths["key"], (layout.batch, layout.kv_heads, layout.keys, layout.dim))
@@ -165,9 +170,12 @@ def _layout(chain: Chain, key: Operand, values: Operand) -> Layout:
 
 def _query_group(chain: Chain, alone: list[Group], keys: Group) -> Group:
     """The axes of the queries, among those that only the query factor has: those that a mask ties to the keys,
-    else those whose length is symbolic, else the last dim's; the others are heads that share their keys."""
+    else those whose length is symbolic, else the last dim's; the others are heads that share their keys. None where
+    the last dim has one query."""
     candidates = [group for group in alone if group]
-    if not candidates:
+    last = [i for i, group in enumerate(resolve(chain.scores)) if not set(group) & set(keys)][-1:]
+    single = len(chain.scores) >= 4 and last and not resolve(chain.scores)[last[0]]  # [..., heads, 1, keys]
+    if not candidates or single:
         return ()
     tied = [group for group in candidates for term in chain.state.terms
             if set(group) & set(flat(term.dims)) and set(keys) & set(flat(term.dims))]

@@ -456,6 +456,12 @@ def test_one_kv_head_serves_all():
     assert (int(site.heads), int(site.kv_heads)) == (4, 1)
 
 
+def test_a_single_query_of_grouped_heads_is_one_query():
+    (site,) = find(lambda q, k, v: torch.softmax(q @ k.repeat_interleave(2, 1).mT, -1) @ v.repeat_interleave(2, 1),
+                   *qkv(1, 9, heads=4, kv_heads=2))
+    assert (site.q_len, int(site.heads), int(site.kv_heads)) == (1, 4, 2)
+
+
 def test_a_mask_tells_the_queries_from_the_heads():
     def attention(q, k, v):  # [B, L, H, S]: both L and H are axes of the queries alone
         scores = torch.einsum("bhld,bsd->blhs", q, k[:, 0])
