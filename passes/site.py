@@ -1,5 +1,6 @@
 """What the passes hand to each other: sites, proven masks, choices, and the record that `sparsify.explain` prints."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -162,11 +163,19 @@ class MaskProof:
         if self.window is not None:
             parts.append(f"window {self.window}")
         if self.documents is not None:
-            parts.append(f"documents {self.documents[0]} = {self.documents[1]}")
+            parts.append(f"documents {self._say(self.documents[0])} = {self._say(self.documents[1])}")
         if self.visible_keys != TRUE:
-            parts.append(f"keys where {self.visible_keys}")
+            parts.append(f"keys where {self._say(self.visible_keys)}")
         parts += [f"{'bias' if term.kind == 'add' else 'mask'} {term.tensor.name}" for term in self.carried]
         return "; ".join(parts) or "none"
+
+    def _say(self, expr: sympy.Basic) -> str:
+        """An expression with the user's names: `attention_mask[b, k]` for `Ne(arg7_1(b, k), 0)`."""
+        text = str(expr)
+        for name, node in self.leaves.items():
+            words = re.findall(r"\w+", node.meta.get("source", name))
+            text = re.sub(rf"\b{name}\(([^()]*)\)", rf"{words[-1]}[\1]", text)
+        return re.sub(r"Ne\((\w+\[[^]]*\]), 0\)", r"\1", text)
 
 
 @dataclass(frozen=True)
