@@ -48,8 +48,8 @@ from sparsify.passes.site import (
     SiteRecord,
 )
 
-STRIDE_BLIND = {aten.reshape.default, aten.contiguous.default, aten.linear.default, aten.matmul.default}
-RELAYOUTS = {aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default}
+STRIDE_BLIND = {aten.contiguous.default, aten.linear.default, aten.matmul.default}
+RELAYOUTS = {aten.reshape.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default}
 
 
 def rewrite_sites(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0,

@@ -183,3 +183,13 @@ def test_prefill_builds_no_tensor_of_queries_and_keys(implementation, padded):
     torch.testing.assert_close(function.call(ids, mask)[mask.bool()], logits(ids, mask)[mask.bool()])
     assert squares(capture(logits, ids, mask, dynamic=False)), "there were some"
     assert not squares(function.graphs[-1])
+
+
+def test_a_view_behind_a_reshape_still_fits():
+    def attention(q, k, v):  # its strides follow from those of the attention: one KV head's queries are views in eager
+        q = q.unflatten(1, (2, 2)).flatten(2, 3)
+        out = torch.softmax(q @ k.mT, -1) @ v
+        return out.unflatten(2, (2, -1)).reshape(q.shape[0], 4, -1, v.shape[3]).view(q.shape[0], 4, -1)
+
+    inputs = qkv(9, heads=4, kv_heads=2, batch=1)
+    torch.testing.assert_close(rewritten(attention, dynamic=False).call(*inputs), attention(*inputs))
