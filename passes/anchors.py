@@ -4,20 +4,24 @@
     exp(log_softmax(s, dim))   exp(s - logsumexp(s))       weights come out of the exponential
     e = exp(s [- max]);  e / sum(e, dim)                   early division
     e = exp(s [- max]);  (e @ v) / sum(e, dim)             late division
-    e / (1 + sum(e, dim))                                  softmax plus one: a sink logit of 0
+    e / (c + sum(e, dim))                                  softmax plus one: a sink logit of log(c)
 """
 
+import math
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx
 
 from sparsify.passes.axes import is_view, op_name
-from sparsify.passes.graph import argument, arguments, is_tensor
+from sparsify.passes.graph import argument, arguments, is_tensor, shape
 
 SOFTMAXES = {"softmax", "_softmax", "special_softmax"}
 ANCHORS = {*SOFTMAXES, "exp", "exp_"}
 SUMS = {"sum"}
+NEGLIGIBLE = 2**-24
+"""Against a sum of exponentials that holds exp(0): less than the rounding of float32."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,11 @@ def _read_sum(exponentials: fx.Node, scores: fx.Node) -> Anchor | None:
     if len(total.users) == 1 and op_name(user := next(iter(total.users))) == "add":
         shifted = _shift_of(scores)
         one: Any = next((x for x in user.args if x is not total), None)
-        if shifted is None and isinstance(one, int | float) and one == 1:
-            divisor, sink = user, 0.0
+        if isinstance(one, int | float) and one > 0 and user.kwargs.get("alpha", 1) == 1:
+            if shifted is None:
+                divisor, sink = user, math.log(one)
+            elif one <= NEGLIGIBLE and _shifts_by_the_largest(scores, dim):
+                divisor = user
         elif shifted is not None and is_tensor(one) and _is_exp_of_minus(one, argument(scores, 1)):
             divisor, sink = user, 0.0
             inner |= {scores, *shifted}
@@ -82,6 +89,20 @@ def _shift_of(node: fx.Node) -> set[fx.Node] | None:
     if op_name(node) != "sub" or not is_tensor(argument(node, 1)):
         return None
     return readers_of(argument(node), argument(node, 1))
+
+
+def _shifts_by_the_largest(scores: fx.Node, dim: int) -> bool:
+    """Whether the maximum over the keys is subtracted: the sum holds a one then."""
+    largest = source(argument(scores, 1))
+    if largest is not None and largest.target is operator.getitem:
+        largest = argument(largest)
+    if largest is None or op_name(largest) not in ("amax", "max") or argument(largest) is not argument(scores):
+        return False
+    over = arguments(largest).get("dim")
+    if over is None:
+        return False
+    rank = len(shape(scores))
+    return [d % rank for d in ([over] if isinstance(over, int) else over)] == [dim % rank]
 
 
 def _is_exp_of_minus(node: fx.Node, number: fx.Node) -> bool:

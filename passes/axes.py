@@ -9,10 +9,11 @@ drops axes on the way up, so a tensor that does not vary along an axis does not 
 and length-first layouts are then no cases of their own.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -48,7 +49,7 @@ Group = tuple[Axis, ...]
 Dims = tuple[Group, ...]
 
 RESHAPES = {"reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
-PERMUTATIONS = {"transpose", "permute", "t", "mT", "adjoint", "swapaxes", "swapdims", "movedim", "moveaxis"}
+PERMUTATIONS = {"transpose", "permute", "t", "mT", "numpy_T", "adjoint", "swapaxes", "swapdims", "movedim", "moveaxis"}
 EXPANSIONS = {"expand", "expand_as", "broadcast_to"}
 COPIES = {"contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy", "detach"}
 CASTS = {"to", "_to_copy", "type_as"}
@@ -94,16 +95,25 @@ def extent(group: Iterable[Axis]) -> Size:
 
 
 def regroup(group: Iterable[Axis], sizes: Sequence[Size]) -> Dims | None:
-    """The axes as dims of these sizes, cut where a dim ends inside one; None where the sizes do not say how."""
-    rest, dims = list(leaves(group)), []
+    """The axes as dims of these sizes, cut where a dim ends inside one; None where the sizes do not say how.
+
+    Sizes that are known to be equal decide; else those that are equal in this call, and are held to it by a guard
+    (a slice of a buffer has the length `Min(64, s0)`).
+    """
+    axes = leaves(group)
+    return _regroup(axes, sizes, same) or _regroup(leaves(axes), sizes, _equal_here)
+
+
+def _regroup(axes: Group, sizes: Sequence[Size], equal: Callable[[Size, Size], bool]) -> Dims | None:
+    rest, dims = list(axes), []
     for size in sizes:
         taken: list[Axis] = []
         product: Size = 1
-        while not same(product, size):
+        while not equal(product, size):
             if not rest:
                 return None
             axis = rest.pop(0)
-            if not _divides(product * axis.size, size):
+            if not equal(product * axis.size, size) and not _divides(product * axis.size, size):
                 if not _divides(product, size) or not _divides(size // product, axis.size):
                     return None
                 needed = size // product
@@ -114,6 +124,12 @@ def regroup(group: Iterable[Axis], sizes: Sequence[Size]) -> Dims | None:
             product = product * axis.size
         dims.append(tuple(taken))
     return tuple(dims) if not rest else None
+
+
+def _equal_here(a: Size, b: Size) -> bool:
+    """Whether two sizes are equal in the call that is compiled; then a guard holds them to it."""
+    hints = [x.node.hint if isinstance(x, torch.SymInt) else x for x in (a, b)]
+    return hints[0] == hints[1] is not None and agree(a, b)
 
 
 def _divides(divisor: Size, size: Size) -> bool:
@@ -240,6 +256,8 @@ def permutation(node: fx.Node) -> list[int]:
         moved = {d % rank: s % rank for s, d in zip(source, destination, strict=True)}
         rest = iter([d for d in order if d not in moved.values()])
         return [moved[d] if d in moved else next(rest) for d in order]
+    if op_name(node) == "numpy_T":
+        return order[::-1]
     first, second = next(((named[a] % rank, named[b] % rank) for a, b in (("dim0", "dim1"), ("axis0", "axis1"))
                           if a in named), (max(rank - 2, 0), rank - 1))
     order[first], order[second] = order[second], order[first]

@@ -29,7 +29,7 @@ RELATIONS: Mapping[type, tuple[Any, Any]] = {
 CONNECTIVES: Mapping[type, Any] = {sympy.And: aten.logical_and.default, sympy.Or: aten.logical_or.default}
 ARITHMETIC: Mapping[type, tuple[Any, Any]] = {
     sympy.Add: (aten.add.Tensor, aten.add.Tensor), sympy.Mul: (aten.mul.Tensor, aten.mul.Tensor),
-    FloorDiv: (aten.floor_divide.default, None), PythonMod: (aten.remainder.Tensor, None),
+    FloorDiv: (aten.floor_divide.default, None), PythonMod: (aten.remainder.Tensor, aten.remainder.Scalar),
     sympy.Abs: (aten.abs.default, None),
     sympy.Min: (aten.minimum.default, aten.clamp_max.default), Min: (aten.minimum.default, aten.clamp_max.default),
     sympy.Max: (aten.maximum.default, aten.clamp_min.default), Max: (aten.maximum.default, aten.clamp_min.default),
@@ -152,7 +152,9 @@ class _Writer:
             return self.leaf(expr)
         of_tensors, of_number = ARITHMETIC[type(expr)]
         if isinstance(expr, FloorDiv | PythonMod):  # the order counts
-            return emit(self.graph, of_tensors, self.tensor(expr.args[0]), self.number(expr.args[1]))
+            divisor = self.number(expr.args[1])
+            function = of_tensors if is_tensor(divisor) or of_number is None else of_number
+            return emit(self.graph, function, self.tensor(expr.args[0]), divisor)
         if isinstance(expr, sympy.Abs):
             return emit(self.graph, of_tensors, self.number(expr.args[0]))
         result, *others = sorted((self.number(arg) for arg in expr.args), key=is_tensor, reverse=True)

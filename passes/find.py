@@ -93,7 +93,7 @@ class _Finder:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.writes = Writes(gm.graph)
-        self.walker = Walker()
+        self.walker = Walker(gm.graph)
         self.shadowed = {node.meta["stands_for"].args[0] for node in gm.graph.nodes if "stands_for" in node.meta}
 
     def read_higher_order(self, node: fx.Node) -> Iterable[Refused]:
@@ -178,7 +178,7 @@ class _Finder:
         if anchor.divided:
             self._check_division(anchor, anchor.weights, scores, scores, dim)
         product, dims, state = self.walker.up(anchor.weights, anchor.scores, scores, state, set(anchor.inner))
-        below, weights, weight_dims = self.walker.down(anchor, scores, state)
+        below, weights, weight_dims, gains = self.walker.down(anchor, scores, state)
         left, right = product.operands_of(dims)
         keys = () if single else leaves((state.keys,))
         factors = [Operand(product.left, left), Operand(product.right, right)]
@@ -198,7 +198,7 @@ class _Finder:
         return Chain(anchor.form, rows, keys, query, key,
                       Operand(below.right if weights is below.left else below.left, value_dims),
                       Operand(below.node.meta.get("stands_for", output), out_dims), product.node, below.node,
-                      summed_dims, state, _factor_dtype(product))
+                      summed_dims, state, _factor_dtype(product), gains=gains)
 
     def _late_division(self, anchor: Anchor, product: fx.Node, scores: Dims, dim: int,
                        out: Dims) -> tuple[fx.Node, Dims]:

@@ -22,6 +22,7 @@ from sparsify.passes.site import (
     QUERY,
     AttentionSite,
     Form,
+    Gain,
     Layout,
     MaskTerm,
     Operand,
@@ -49,6 +50,7 @@ class Chain:
     state: Scores
     query_dtype: torch.dtype
     is_causal: bool = False
+    gains: tuple[Gain, ...] = ()
 
 
 class Writes:
@@ -69,18 +71,22 @@ def name_axes(chain: Chain, writes: Writes) -> AttentionSite:
     output, scored = chain.output.node, chain.scored
     if output.meta.get("requires_grad", False):
         raise Stop(output, NEEDS_GRADIENTS)
-    paths = {"query": list(_path(chain.query, scored)), "key": list(_path(chain.key, scored)),
-             "value": list(_path(chain.value, chain.weighted))}
+    def path_of(operand: Operand, reader: fx.Node) -> list[tuple[Operand, fx.Node]]:
+        return list(_path(operand, reader, output, writes))
+
+    paths = {"query": path_of(chain.query, scored), "key": path_of(chain.key, scored),
+             "value": path_of(chain.value, chain.weighted)}
     sink = chain.state.sink
     if isinstance(sink, Operand):
-        *_, (sink, _) = _path(sink, output)
+        *_, (sink, _) = path_of(sink, output)
     for name, path in paths.items():
         operand, reader = path[-1]
         if writes.between(operand.node, reader, output):
             raise Stop(output, f"the {name} is written to in place before the output is computed")
-    for scale in chain.state.scales:
-        if isinstance(scale.value, Operand) and writes.between(scale.value.node, scored, output):
-            raise Stop(output, "the scale is written to in place before the output is computed")
+    scalers = [x.value for x in (*chain.state.scales, *(x for term in chain.state.terms for x in term.scalers))]
+    for scaler in (*scalers, *(gain.value for gain in chain.gains)):
+        if isinstance(scaler, Operand) and writes.between(scaler.node, scored, output):
+            raise Stop(output, "a scale is written to in place before the output is computed")
     if isinstance(sink, Operand) and writes.between(sink.node, scored, output):
         raise Stop(output, "the sink logits are written to in place before the output is computed")
     layout = _layout(chain, paths["key"][-1][0], paths["value"][-1][0])
@@ -94,12 +100,14 @@ def name_axes(chain: Chain, writes: Writes) -> AttentionSite:
         if set(flat(sink.dims)) - set(layout.heads):
             raise Stop(output, "the sink logit differs between queries or batch rows")
     indices = ((BATCH, layout.batch), (HEAD, layout.heads), (QUERY, layout.queries), (KEY, layout.keys))
-    terms = tuple(MaskTerm(t.kind, t.tensor, index_of(t.dims, indices), t.fill, t.factor, resolve(t.dims))
+    terms = tuple(MaskTerm(t.kind, t.tensor, index_of(t.dims, indices), t.fill, t.factor, resolve(t.dims),
+                           tuple(Scale(_resolved(x.value), x.divides) for x in t.scalers
+                                 if isinstance(x.value, Operand)))
                   for t in state.terms)
     scales = []
     for scale in state.scales:
         if isinstance(scale.value, Operand):
-            operand = Operand(scale.value.node, resolve(scale.value.dims))
+            operand = _resolved(scale.value)
             axes = set(flat(operand.dims))
             if axes & set(layout.keys) and not axes <= {*layout.batch, *layout.kv_heads, *layout.keys}:
                 if scale.divides or state.softcap is not None:
@@ -109,11 +117,29 @@ def name_axes(chain: Chain, writes: Writes) -> AttentionSite:
                 continue
             scale = Scale(operand, scale.divides)
         scales.append(scale)
-    return AttentionSite(
-        chain.form, origin(output), query, key,
-        values, Operand(output, resolve(chain.output.dims)), layout, dtype,
-        tuple(scales),
-        terms, chain.is_causal, state.softcap, sink)
+    gains = tuple(gain for gain in (_place_gain(gain, layout, terms, output) for gain in chain.gains) if gain)
+    return AttentionSite(chain.form, origin(output), query, key, values, _resolved(chain.output), layout, dtype,
+                         tuple(scales), terms, chain.is_causal, state.softcap, sink, gains)
+
+
+def _resolved(operand: Operand) -> Operand:
+    return Operand(operand.node, resolve(operand.dims))
+
+
+def _place_gain(gain: Gain, layout: Layout, terms: tuple[MaskTerm, ...], output: fx.Node) -> Gain | None:
+    """Where a gain may go; None if the masks make it one."""
+    if not isinstance(gain.value, Operand):
+        return gain
+    operand = _resolved(gain.value)
+    axes = set(flat(operand.dims))
+    if not axes & set(layout.keys):
+        return Gain(gain.kind, operand)
+    if axes <= {*layout.batch, *layout.kv_heads, *layout.keys}:
+        return Gain(gain.kind, operand, "values")
+    if gain.kind == "zero" and any(term.kind == "hide" and term.tensor is operand.node and term.dims == operand.dims
+                                   for term in terms):
+        return None  # what the scores hide has no weight already
+    raise Stop(output, "the weights are changed by a tensor over queries and keys after the softmax")
 
 
 def _dtype(chain: Chain, query: Operand, key: Operand) -> torch.dtype:
@@ -126,16 +152,16 @@ def _dtype(chain: Chain, query: Operand, key: Operand) -> torch.dtype:
     return dtype
 
 
-def _path(operand: Operand, reader: fx.Node) -> Iterable[tuple[Operand, fx.Node]]:
-    """The operand, then what it is a view of, step by step, each with the node that reads it.
+def _path(operand: Operand, reader: fx.Node, output: fx.Node, writes: Writes) -> Iterable[tuple[Operand, fx.Node]]:
+    """The operand, then what it is a view or a copy of, step by step, each with the node that reads it.
 
-    The last has no axis that the operand does not vary along.
+    The last has no axis that the operand does not vary along. A copy that is written to is not what it was copied from.
     """
     node, dims = operand.node, operand.dims
     while True:
         yield Operand(node, dims), reader
         step = view_up(node, dims, through_casts=True)
-        if step is None:
+        if step is None or (storage_root(node) is not storage_root(step[0]) and writes.between(node, node, output)):
             return
         reader, (node, dims) = node, step
 
@@ -146,6 +172,8 @@ def _layout(chain: Chain, key: Operand, values: Operand) -> Layout:
     rows = [tuple(a for a in group if a not in keys) for group in resolve(chain.scores)]
     shared = in_key | in_value
     in_rows = {a for group in rows for a in group}
+    if (in_value - in_key) & in_rows:
+        raise Stop(chain.scored, "the values differ between rows that share their keys")
     if in_key & in_rows != in_value & in_rows and not any(a not in shared for a in in_rows):
         raise Stop(chain.scored, "each row has keys or values of its own: no queries share them")
     common = [tuple(a for a in group if a in shared) for group in rows]

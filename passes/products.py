@@ -85,11 +85,15 @@ def _labelled(node: fx.Node, left: Any, right: Any, left_names: str, right_names
 def _matmul(node: fx.Node) -> Product | None:
     left, right = arguments(node)["self"], arguments(node)["other"]
     ranks = len(shape(left)), len(shape(right))
-    if min(ranks) < 2:
-        return None
     batch = string.ascii_lowercase[: max(ranks) - 2]
     own = [batch[len(batch) - rank + 2:] for rank in ranks]
-    return _labelled(node, left, right, own[0] + "IC", own[1] + "CJ", batch + "IJ")
+    names = (own[0] + "IC" if ranks[0] > 1 else "C", own[1] + "CJ" if ranks[1] > 1 else "C")
+    return _labelled(node, left, right, names[0], names[1], batch + "I" * (ranks[0] > 1) + "J" * (ranks[1] > 1))
+
+
+def _mv(node: fx.Node) -> Product | None:
+    a = arguments(node)
+    return _labelled(node, a["self"], a["vec"], "IC", "C", "I")
 
 
 def _mm(node: fx.Node) -> Product | None:
@@ -167,6 +171,6 @@ def _multiply_and_sum(node: fx.Node) -> Product | None:
 
 
 READERS: Mapping[str, Callable[[fx.Node], Product | None]] = {
-    "matmul": _matmul, "mm": _mm, "bmm": _bmm, "addmm": _addmm, "baddbmm": _baddbmm, "linear": _linear,
+    "matmul": _matmul, "mm": _mm, "mv": _mv, "bmm": _bmm, "addmm": _addmm, "baddbmm": _baddbmm, "linear": _linear,
     "einsum": _einsum, "sum": _multiply_and_sum,
 }

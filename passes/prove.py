@@ -121,8 +121,18 @@ def _prove(reader: TensorReader, site: AttentionSite, limits: Limits) -> _Proof 
     return _Proof(found.proof(), carried)
 
 
+ABSORBING = -1e8
+"""To this the scores add nothing in float32: a hidden score is this number, whatever it was."""
+
+
 def _take_term(reader: TensorReader, term: MaskTerm, found: "_Arguments") -> bool:
     """Take what can be an argument; True if that is all the term does."""
+    if term.scalers:  # of tensors nobody knows the sign, let alone the size
+        fill = reader.constant(term.fill)
+        if term.kind != "add" and not (isinstance(term.fill, int | float) and fill is not None and all(
+                x.is_number and x * term.factor <= ABSORBING for x in branches(fill))):
+            raise _NoMask("the scores are scaled by a tensor after they are masked")
+        return False
     try:
         x = reader.at(term.tensor, term.index)
     except WrittenInPlace:

@@ -46,10 +46,12 @@ from sparsify.passes.site import (
     Refused,
     Scale,
     SiteRecord,
+    is_soft,
 )
 
 STRIDE_BLIND = {aten.contiguous.default, aten.linear.default, aten.matmul.default}
-RELAYOUTS = {aten.reshape.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default}
+RELAYOUTS = {aten.reshape.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int,
+             aten.unsqueeze.default}
 
 
 def rewrite_sites(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0,
@@ -105,6 +107,7 @@ class _Rewriter:
         with graph.inserting_before(at):
             query, key, values = (_cast(graph, node, site.dtype) for node in (query, key, values))
             query, key = self.scaled(site, query, key)
+            values = self.gained(site, values, "values")
             terms = tuple(term for term in site.masks if term.kind != "gate")
             if self.verify_masks and terms:
                 mask, kv_len = self.attn_mask(site, terms), size_node(expression(site.kv_len), at)
@@ -125,7 +128,8 @@ class _Rewriter:
                     new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
                                budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION)
             new.meta = {**old.meta, "val": new.meta["val"]}
-        self.replaced[old] = self.as_before(new, site)
+            made = self.gained(site, new, "output")
+        self.replaced[old] = self.as_before(made, site)
         old.replace_all_uses_with(self.replaced[old])
         return op_name(new)
 
@@ -149,6 +153,26 @@ class _Rewriter:
                 scaled = _cast(at.graph, emit(at.graph, function, key if on_keys else query, factor), site.dtype)
             query, key = (query, scaled) if on_keys else (scaled, key)
         return query, key
+
+    def gained(self, site: AttentionSite, tensor: fx.Node, on: str) -> fx.Node:
+        """Values or output times the gains of the weights that were placed there."""
+        layout, at = site.layout, site.output.node
+        groups = ((layout.batch, layout.kv_heads, layout.keys, ()) if on == "values" else
+                  (layout.batch, layout.heads, layout.queries, ()))
+        for gain in site.gains:
+            if gain.on != on:
+                continue
+            factor: Any = gain.value
+            if isinstance(factor, Operand):
+                factor = rearrange(self.replaced.get(factor.node, factor.node), factor.dims, groups, at,
+                                   broadcast_groups=True)
+            with at.graph.inserting_before(at):
+                if gain.kind == "zero":
+                    tensor = emit(at.graph, aten.masked_fill.Scalar, tensor, factor, 0)
+                    continue
+                function = aten.mul.Tensor if gain.kind == "times" else aten.div.Tensor
+                tensor = _cast(at.graph, emit(at.graph, function, tensor, factor), site.dtype)
+        return tensor
 
     def as_before(self, new: fx.Node, site: AttentionSite) -> fx.Node:
         """The op's output in the layout, dtype and strides of the old one."""
@@ -194,23 +218,36 @@ class _Rewriter:
 
     def build_attn_mask(self, site: AttentionSite, terms: tuple[MaskTerm, ...]) -> fx.Node:
         at, graph, layout = site.output.node, site.output.node.graph, site.layout
+        groups = (layout.batch, layout.heads, layout.queries, layout.keys)
         visible: fx.Node | None = None
         bias: fx.Node | None = None
         for term in terms:
-            tensor = rearrange(self.replaced.get(term.tensor, term.tensor), term.dims,
-                               (layout.batch, layout.heads, layout.queries, layout.keys), at, broadcast_groups=True)
+            tensor = rearrange(self.replaced.get(term.tensor, term.tensor), term.dims, groups, at,
+                               broadcast_groups=True)
             with graph.inserting_before(at):
-                if term.kind == "add":
-                    if not value(tensor).dtype.is_floating_point:
-                        tensor = _cast(graph, tensor, site.dtype)
-                    if term.factor != 1:
-                        tensor = emit(graph, aten.mul.Scalar, tensor, term.factor)
-                    bias = tensor if bias is None else emit(graph, aten.add.Tensor, bias, tensor)
-                else:
+                if term.kind != "add":
                     tensor = _cast(graph, tensor, torch.bool)
                     if term.kind == "hide":
                         tensor = emit(graph, aten.logical_not.default, tensor)
-                    visible = tensor if visible is None else emit(graph, aten.logical_and.default, visible, tensor)
+                    if not is_soft(term, site.masks):
+                        visible = tensor if visible is None else emit(graph, aten.logical_and.default, visible, tensor)
+                        continue
+                    fill = emit(graph, aten.full.default, [], term.fill, dtype=torch.float32,
+                                device=value(tensor).device)
+                    zero = emit(graph, aten.zeros_like.default, fill)
+                    tensor = emit(graph, aten.where.self, tensor, zero, fill)
+                elif not value(tensor).dtype.is_floating_point:
+                    tensor = _cast(graph, tensor, site.dtype)
+                if term.factor != 1:
+                    tensor = emit(graph, aten.mul.Scalar, tensor, term.factor)
+            for scale in term.scalers:
+                assert isinstance(scale.value, Operand)
+                factor = rearrange(self.replaced.get(scale.value.node, scale.value.node), scale.value.dims, groups, at,
+                                   broadcast_groups=True)
+                with graph.inserting_before(at):
+                    tensor = emit(graph, aten.div.Tensor if scale.divides else aten.mul.Tensor, tensor, factor)
+            with graph.inserting_before(at):
+                bias = tensor if bias is None else emit(graph, aten.add.Tensor, bias, tensor)
         if visible is None or bias is None:
             mask = visible if bias is None else bias
             assert mask is not None
@@ -257,7 +294,7 @@ def _sdpa_causality(query: fx.Node, key: fx.Node, site: AttentionSite, mask: Mas
     """
     if (mask.visible_keys != TRUE or mask.window is not None or mask.documents is not None
             or site.softcap is not None or site.sink_logits is not None
-            or any(term.kind != "add" for term in mask.carried)
+            or any(term.kind != "add" and not is_soft(term, site.masks) for term in mask.carried)
             or free_unbacked_symbols((site.q_len, site.kv_len))):  # SDPA would compare them
         return None
     on_slow_path = value(query).dtype == torch.float32 and value(query).device.type == "cuda"

@@ -50,6 +50,7 @@ class MaskTerm:
     gate    scores are multiplied by `tensor`, which must be 1 wherever the other terms leave them visible
     index   the element of `tensor` that the score at (BATCH, HEAD, QUERY, KEY) meets: one expression per dim
     factor  by what the scores were multiplied afterwards: the term counts `factor` times
+    scalers tensors by which they were multiplied afterwards too
     """
 
     kind: Literal["add", "keep", "hide", "gate"]
@@ -58,6 +59,30 @@ class MaskTerm:
     fill: float | fx.Node = float("-inf")
     factor: float = 1.0
     dims: Dims = field(default=(), compare=False)
+    scalers: tuple[Scale, ...] = ()
+
+
+def is_soft(term: MaskTerm, terms: tuple[MaskTerm, ...]) -> bool:
+    """Whether what a term hides is added, not hidden: it is scaled by a tensor later, or another term hides deeper, so
+    that a row may be left with nothing else to see."""
+    if term.kind not in ("keep", "hide"):
+        return False
+    depths = [x.fill * x.factor for x in terms if x.kind in ("keep", "hide") and isinstance(x.fill, int | float)]
+    deepest = min(depths, default=float("-inf"))
+    return bool(term.scalers) or (isinstance(term.fill, int | float) and term.fill * term.factor > deepest)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What the attention weights are multiplied by after the softmax.
+
+    kind     "times", "over", or "zero": zero where the operand is true
+    on       what is multiplied instead, exactly: the output, where the keys do not matter, or the values
+    """
+
+    kind: Literal["times", "over", "zero"]
+    value: "float | fx.Node | Operand"
+    on: Literal["output", "values"] = "output"
 
 
 @dataclass(frozen=True)
@@ -84,6 +109,7 @@ class AttentionSite:
     is_causal: bool = False
     softcap: float | None = None
     sink_logits: "float | Operand | None" = None
+    gains: tuple[Gain, ...] = ()
 
     @property
     def batch(self) -> Size:

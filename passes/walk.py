@@ -6,10 +6,14 @@ operands may be the scores, the one that leads to a product is.
 """
 
 import contextlib
+import functools
+from collections.abc import Container
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from sparsify.passes.anchors import Anchor, readers_of
 from sparsify.passes.axes import (
@@ -32,15 +36,17 @@ from sparsify.passes.graph import (
     arguments,
     is_inert_dropout,
     is_tensor,
+    mutations,
     same,
     shape,
+    storage_root,
     value,
 )
 from sparsify.passes.products import Product, read_product
-from sparsify.passes.site import Operand, Scale
+from sparsify.passes.site import Gain, Operand, Scale
 
 DROPOUT = "dropout is active: dropping key blocks would change what it draws"
-ELEMENTWISE = {"mul", "div", "add", "sub", "masked_fill", "where", "tanh"}
+ELEMENTWISE = {"mul", "div", "neg", "add", "sub", "masked_fill", "where", "tanh"}
 
 
 class Stop(Exception):
@@ -60,6 +66,7 @@ class Term:
     dims: Dims
     fill: Any = float("-inf")
     factor: float = 1.0
+    scalers: tuple[Scale, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,8 @@ class Scores:
 class Walker:
     """Walks one graph; remembers which nodes lead to a product."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.written = mutations(graph)
         self.leads_to_product: dict[fx.Node, bool] = {}
 
     def up(self, user: fx.Node, node: Any, dims: Dims, state: Scores,
@@ -140,21 +148,22 @@ class Walker:
         name, named = base_name(node), arguments(node)
         if name in ("mul", "div"):
             return self._read_scaling(node, name == "div", named["self"], named["other"], dims, state)
+        if name == "neg":
+            return [(named["self"], replace(state, scales=(Scale(-1.0), *state.scales)))]
         if name == "tanh":
             return [(named["self"], self._with_softcap(node, state))]
         if state.softcap is not None:
             raise Stop(node, "the scores are masked before they are capped")
         if name in ("add", "sub"):
             return self._read_addition(node, name == "sub", named, dims, state, inner)
-        factor = self._factor(node, state)
         if name == "masked_fill":
-            term = self._term(node, "hide", named["mask"], dims, factor, named["value"])
+            term = self._term(node, "hide", named["mask"], dims, state, named["value"])
             return [(named["self"], replace(state, terms=(term, *state.terms)))]
         kept, hidden = named["self"], named["other"]
         choices = []
         for kind, scores, fill in (("keep", kept, hidden), ("hide", hidden, kept)):
             if self._leads(scores):
-                term = self._term(node, kind, named["condition"], dims, factor, fill)
+                term = self._term(node, kind, named["condition"], dims, state, fill)
                 choices.append((scores, replace(state, terms=(term, *state.terms))))
         if not choices:
             raise Stop(node, "neither choice of a where is scores")
@@ -168,55 +177,75 @@ class Walker:
         for scores, factor in ((first, second), (second, first))[: 1 if divides else 2]:
             if not is_tensor(scores):
                 continue
-            scale: Any = factor
+            scales: list[Any] = [factor]
             if is_tensor(factor):
-                own = broadcast(factor, dims)
-                if own is None or not agree_in_shape(shape(scores), shape(node)):
+                if broadcast(factor, dims) is None or not agree_in_shape(shape(scores), shape(node)):
                     continue
-                scale = Operand(factor, own)
-            choices.append((scores, replace(state, scales=(Scale(scale, divides), *state.scales))))
+                scales = self._parts_of_scale(factor, dims, state)
+            choices.append((scores, replace(state, scales=(*(Scale(x, divides) for x in scales), *state.scales))))
         if not choices:
             raise Stop(node, "a scale widens the scores")
         return choices
 
+    def _parts_of_scale(self, factor: fx.Node, dims: Dims, state: Scores) -> list[Operand]:
+        """A tensor as the factors it is made of, where one of them does not differ between keys: |q| * |k|."""
+        keys = set(leaves((state.keys,)))
+        if op_name(factor) == "mul" and storage_root(factor) not in self.written:
+            parts = [(x, broadcast(x, dims)) for x in map(functools.partial(argument, factor), (0, 1)) if is_tensor(x)]
+            if len(parts) == 2 and any(own is not None and not keys & set(flat(own)) for _, own in parts):
+                return [Operand(x, own) for x, own in parts if own is not None]
+        own = broadcast(factor, dims)
+        assert own is not None
+        return [Operand(factor, own)]
+
     def _read_addition(self, node: fx.Node, subtracts: bool, named: dict[str, Any], dims: Dims, state: Scores,
                        inner: set[fx.Node]) -> list[tuple[Any, Scores]]:
         first, second, alpha = named["self"], named["other"], named.get("alpha", 1)
-        factor = self._factor(node, state)
+        factor, scalers = _later(state)
+        keys = set(leaves((state.keys,)))
+        # One number a row is the same for every key, softmax does not see it: unless it is scaled key by key, or a sink
+        # does not get it.
+        invariant = state.sink is None and not any(
+            isinstance(x.value, Operand) and keys & set(flat(x.value.dims)) for x in scalers)
         if not isinstance(alpha, int | float):
             raise Stop(node, "a symbolic multiple of something is added to the scores")
         if not is_tensor(second):
-            if state.sink is not None:
-                raise Stop(node, "a number is added to the scores beside a sink logit")
-            return [(first, state)]  # the same for every key: softmax does not see it
+            if not invariant:
+                raise Stop(node, "a number is added to the scores, and then they are scaled or meet a sink logit")
+            return [(first, state)]
         choices = []
         for scores, tensor, times in ((first, second, -alpha if subtracts else alpha), (second, first, 1)):
             own = broadcast(tensor, dims)
             if own is None or (scores is second and (subtracts or alpha != 1)):
                 continue
-            if state.sink is None and not set(leaves((state.keys,))) & set(flat(own)):
-                inner |= readers_of(scores, tensor)  # one number a row, its maximum say: softmax does not see it
+            if invariant and not keys & set(flat(own)):
+                inner |= readers_of(scores, tensor)
                 choices.append((scores, state))
             else:
-                term = Term("add", tensor, own, factor=factor * times)
+                term = Term("add", tensor, own, factor=factor * times, scalers=scalers)
                 choices.append((scores, replace(state, terms=(term, *state.terms))))
         if not choices:
             raise Stop(node, "what is added to the scores widens them")
         return choices
 
-    def _term(self, node: fx.Node, kind: Any, tensor: fx.Node, dims: Dims, factor: float, fill: Any) -> Term:
+    def _term(self, node: fx.Node, kind: Any, tensor: fx.Node, dims: Dims, state: Scores, fill: Any) -> Term:
         own = broadcast(tensor, dims)
         if own is None:
             raise Stop(node, f"a mask widens the scores to {shape(node)}")
         if is_tensor(fill) and any(not is_one(size) for size in shape(fill)):
-            return Term(kind, tensor, own, self._uniform(node, fill), factor)
-        return Term(kind, tensor, own, fill, factor)
+            fill = self._uniform(node, fill)
+        if isinstance(value(fill), torch.SymFloat) and not free_unbacked_symbols(value(fill)):
+            fill = float(value(fill))  # of a symbolic number: a guard fixes it
+        factor, scalers = _later(state)
+        return Term(kind, tensor, own, fill, factor, scalers)
 
     def _uniform(self, node: fx.Node, fill: fx.Node) -> Any:
         """The one number that fills a tensor."""
         source = fill
         while is_view(source):
             source = argument(source)
+        if storage_root(source) in self.written or storage_root(fill) in self.written:
+            raise Stop(node, f"hidden scores become the elements of {fill.name}, which is written to in place")
         if op_name(source) in ("full", "full_like", "new_full"):
             return arguments(source)["fill_value"]
         if op_name(source) in ("zeros", "zeros_like", "new_zeros"):
@@ -225,20 +254,11 @@ class Walker:
             return source
         raise Stop(node, f"hidden scores become the elements of {fill.name}")
 
-    def _factor(self, node: fx.Node, state: Scores) -> float:
-        """By what the scores are multiplied after this node."""
-        result = 1.0
-        for scale in state.scales:
-            if isinstance(scale.value, Operand):
-                raise Stop(node, "the scores are scaled by a tensor after they are masked")
-            number = float(value(scale.value))  # of a symbolic number: a guard fixes it
-            result = result / number if scale.divides else result * number
-        return result
-
     def _with_softcap(self, node: fx.Node, state: Scores) -> Scores:
-        if state.softcap is not None:
-            raise Stop(node, "the scores are capped twice")
-        return replace(state, scales=(), softcap=self._factor(node, state))
+        factor, scalers = _later(state)
+        if state.softcap is not None or scalers:
+            raise Stop(node, "the scores are capped twice, or scaled by a tensor after they are capped")
+        return replace(state, scales=(), softcap=factor)
 
     def _with_added(self, product: Product, dims: Dims, state: Scores) -> Scores:
         """baddbmm(mask, q, k): the mask that the product adds, and its factor."""
@@ -249,7 +269,8 @@ class Walker:
                 raise Stop(product.node, "a symbolic multiple of something is added to the scores")
             own = broadcast(product.added, dims)
             assert own is not None, "the product has the shape of its result"
-            term = Term("add", product.added, own, factor=self._factor(product.node, state) * product.beta)
+            factor, scalers = _later(state)
+            term = Term("add", product.added, own, factor=factor * product.beta, scalers=scalers)
             state = replace(state, terms=(term, *state.terms))
         if isinstance(product.alpha, fx.Node) or product.alpha != 1:
             state = replace(state, scales=(Scale(product.alpha), *state.scales))
@@ -283,20 +304,29 @@ class Walker:
         state = replace(state, sink=sink, columns=state.keys, keys=keys, sink_first=first)
         return scores, (*dims[:dim], (keys,), *dims[dim + 1:]), state
 
-    def down(self, anchor: Anchor, dims: Dims, state: Scores) -> tuple[Product, fx.Node, Dims]:
+    def down(self, anchor: Anchor, dims: Dims, state: Scores) -> tuple[Product, fx.Node, Dims, tuple[Gain, ...]]:
+        """From the weights to the product with the values: it, its factor and the dims of that, gains on the way."""
         node = anchor.weights
         waits = state.columns is not None
+        gains: tuple[Gain, ...] = ()
         while True:
-            users = [u for u in node.users if u not in anchor.inner]
-            if not users:
+            users = [user for user in node.users if user not in anchor.inner]
+            tests = [user for user in users if base_name(user) in ("isnan", "isfinite")]
+            rest = [user for user in users if user not in tests]
+            if not rest:
                 raise Stop(node, "the attention weights are used by nothing")
-            if len(users) > 1:
-                leaving = [u for u in users if u.op == "output"]
+            if len(rest) > 1:
+                leaving = any(user.op == "output" for user in rest)
                 raise Stop(node, "the attention weights are returned" if leaving
-                            else "the attention weights are used elsewhere too")
-            user = users[0]
+                           else "the attention weights are used elsewhere too")
+            (user,) = rest
             if user.op == "output":
                 raise Stop(node, "the attention weights are returned")
+            if tests:
+                if not _empties_rows(user, node, tests, self.written):
+                    raise Stop(node, "the attention weights are used elsewhere too")
+                node = user
+                continue
             product = read_product(user)
             if base_name(user) == "mul" and len(user.users) == 1:  # multiplied here, summed next
                 product = read_product(next(iter(user.users)))
@@ -306,7 +336,7 @@ class Walker:
                 adds = product.added is not None and product.beta != 0
                 if adds or isinstance(product.alpha, fx.Node) or product.alpha != 1:
                     raise Stop(user, "the product with the values adds or scales")
-                return product, node, dims
+                return product, node, dims, gains
             if base_name(user) == "dropout" and not is_inert_dropout(user):
                 raise Stop(user, DROPOUT)
             if waits and (sliced := self._without_sink(user, dims, state)) is not None:
@@ -314,6 +344,9 @@ class Walker:
                 continue
             if base_name(user) == "nan_to_num" and not arguments(user)["nan"]:
                 node = user
+                continue
+            if not waits and (gain := _read_gain(user, node, dims)) is not None:
+                node, gains = user, (*gains, gain)
                 continue
             below = view_down(user, dims)
             if below is None or argument(user) is not node:
@@ -330,3 +363,59 @@ class Walker:
         start = 1 if state.sink_first else 0
         fits = same(shape(user)[dim], state.keys.size) and same(named["start"] or 0, start) and named["step"] == 1
         return rest if dims[dim] == (state.columns,) and fits else None
+
+
+def _later(state: Scores) -> tuple[float, tuple[Scale, ...]]:
+    """By what the scores are multiplied after the step that is read: a number, and tensors."""
+    result, scalers = 1.0, []
+    for scale in state.scales:
+        if isinstance(scale.value, Operand):
+            scalers.append(scale)
+            continue
+        number = float(value(scale.value))  # of a symbolic number: a guard fixes it
+        result = result / number if scale.divides else result * number
+    return result, tuple(scalers)
+
+
+def _read_gain(user: fx.Node, weights: fx.Node, dims: Dims) -> Gain | None:
+    """weights * x, weights / x, masked_fill(weights, mask, 0)."""
+    name, named = base_name(user), arguments(user)
+    factor: Any
+    kind: Literal["times", "over", "zero"]
+    if name == "masked_fill" and named["self"] is weights and value(named["value"]) == 0:
+        kind, factor = "zero", named["mask"]
+    elif name == "mul" and weights in (named["self"], named["other"]):
+        kind, factor = "times", named["other"] if named["self"] is weights else named["self"]
+    elif name == "div" and named["self"] is weights and user.kwargs.get("rounding_mode") is None:
+        kind, factor = "over", named["other"]
+    else:
+        return None
+    if not is_tensor(factor):
+        return Gain(kind, factor)
+    own = broadcast(factor, dims)
+    if own is None or factor is weights or not agree_in_shape(shape(user), shape(weights)):
+        return None
+    return Gain(kind, Operand(factor, own))
+
+
+def _empties_rows(user: fx.Node, weights: fx.Node, tests: list[fx.Node], written: Container[fx.Node]) -> bool:
+    """Whether rows of NaN become zeros, as they are in our ops: masked_fill(w, isnan(w), 0), where(isnan(w), 0, w)."""
+    (test,) = tests if len(tests) == 1 else (None,)
+    if test is None or base_name(test) != "isnan" or list(test.users) != [user]:
+        return False
+    named = arguments(user)
+    if base_name(user) == "masked_fill":
+        return named["self"] is weights and named["mask"] is test and value(named["value"]) == 0
+    if base_name(user) != "where" or named["condition"] is not test or named["other"] is not weights:
+        return False
+    return _is_zero(named["self"], written)
+
+
+def _is_zero(x: Any, written: Container[fx.Node]) -> bool:
+    """Whether a number, or a tensor that was made so and not written to since, is zero."""
+    while is_tensor(x) and is_view(x) and storage_root(x) not in written:
+        x = argument(x)
+    if is_tensor(x):
+        return storage_root(x) not in written and (op_name(x) in ("zeros", "new_zeros")
+                                                    or (op_name(x) == "full" and argument(x, 1) == 0))
+    return isinstance(x, int | float) and x == 0

@@ -222,7 +222,100 @@ def weights_that_are_dropped(q, k, v):
     return weights @ v
 
 
-FOUND = [chain, softmax_method, float32_softmax, scale_on_queries, scale_on_transposed_keys, dropout_in_eval,
+def weights_scaled(q, k, v):
+    return (torch.softmax(q @ k.mT, -1) * 2) @ v
+
+
+def weights_scaled_by_row(q, k, v):
+    return (torch.softmax(q @ k.mT, -1) * q.sum(-1, keepdim=True) / (1 + q.square().sum((2, 3), keepdim=True))) @ v
+
+
+def weights_scaled_by_key(q, k, v):
+    return (torch.softmax(q @ k.mT, -1) * v.sum(-1)[:, :, None]) @ v
+
+
+def rows_emptied_after_the_softmax(q, k, v):
+    return torch.softmax(q @ k.mT, -1).masked_fill((torch.arange(q.shape[2]) % 3 == 0)[:, None], 0.0) @ v
+
+
+def hidden_twice(q, k, v):
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    return torch.softmax((q @ k.mT).masked_fill(hidden, -1e9), -1).masked_fill(hidden, 0.0) @ v
+
+
+def rows_of_nan_emptied(q, k, v):
+    weights = torch.softmax(q @ k.mT, -1)
+    return weights.masked_fill(weights.isnan(), 0.0) @ v
+
+
+def softmin(q, k, v):
+    return F.softmin(q @ k.mT, -1) @ v
+
+
+def bias_then_temperature(q, k, v):
+    return torch.softmax((q @ k.mT + v.sum(-1)[:, :, None]) / (1 + v.square().sum()), -1) @ v
+
+
+def masked_then_temperature(q, k, v):
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    return torch.softmax((q @ k.mT).masked_fill(hidden, -torch.inf) / (1 + v.square().sum()), -1) @ v
+
+
+def hidden_to_two_depths(q, k, v):  # the first query sees nothing but itself, and that is hidden less deep
+    length = torch.arange(max(q.shape[2], k.shape[2]))
+    scores = (q @ k.mT).masked_fill(torch.eye(k.shape[2], dtype=torch.bool)[: q.shape[2]], -1e5)
+    scores = scores.masked_fill(length[None, : k.shape[2]] > length[: q.shape[2], None], -1e9)
+    return scores.softmax(-1) @ v
+
+
+def pooled_by_a_vector(q, k, v):
+    return torch.softmax(k[:, 0] @ q[0, 0, 0], -1)[:, None] @ v[:, 0]
+
+
+def rows_of_nan_emptied_by_where(q, k, v):
+    weights = torch.softmax(q @ k.mT, -1)
+    return torch.where(torch.isnan(weights), torch.zeros_like(weights), weights) @ v
+
+
+def divided_by_the_sum_and_a_little(q, k, v):
+    scores = q @ k.mT
+    e = torch.exp(scores - scores.max(-1, keepdim=True)[0])
+    return e / (e.sum(-1, keepdim=True) + 1e-9) @ v
+
+
+def softmax_plus_half(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return e / (e.sum(-1, keepdim=True) + 0.5) @ v
+
+
+def cosine(q, k, v):
+    return torch.softmax(q @ k.mT / (q.norm(dim=-1)[..., None] * k.norm(dim=-1)[..., None, :]), -1) @ v
+
+
+def copied_keys_written_to(q, k, v):
+    k, v = k.clone(), v.repeat(1, 1, 1, 1)
+    k[:, :, 0] = 0
+    v[:, 1] = 1
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+def repeated_keys_written_to(q, k, v):
+    k, v = k[:, :2].repeat_interleave(2, 1), v[:, :2].repeat_interleave(2, 1)
+    k[:, 1] = 0
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+def striped(q, k, v):
+    rows, keys = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+    scores = (q @ k.mT).masked_fill((rows[:, None] % 3) != (keys % 3), -1e9).masked_fill(keys % 7 == 6, -1e9)
+    return scores.softmax(-1) @ v
+
+
+FOUND = [rows_of_nan_emptied_by_where, divided_by_the_sum_and_a_little, softmax_plus_half, cosine,
+         copied_keys_written_to, repeated_keys_written_to, striped, weights_scaled, weights_scaled_by_row,
+         weights_scaled_by_key, rows_emptied_after_the_softmax, hidden_twice, rows_of_nan_emptied, softmin,
+         bias_then_temperature, masked_then_temperature, hidden_to_two_depths, pooled_by_a_vector, chain,
+         softmax_method, float32_softmax, scale_on_queries, scale_on_transposed_keys, dropout_in_eval,
          added_mask_first, filled_in_place, scaled_in_place, kept_where, soft_cap, scaled_after_the_mask,
          values_on_the_left, tensor_scale, scale_per_head, scale_per_key, three_dims, two_dims, folded_heads,
          folded_heads_masked_unfolded, baddbmm, length_first, einsum_with_ellipsis, scores_length_first,
@@ -292,12 +385,31 @@ def values_written_before_the_output(q, k, v):
     return torch.softmax(q @ k.mT, -1) @ repeated + v.sum()
 
 
-def weights_scaled(q, k, v):
-    return (torch.softmax(q @ k.mT, -1) * 2) @ v
-
-
 def dropout_in_training(q, k, v):
     return F.dropout(torch.softmax(q @ k.mT, -1), 0.1, training=True) @ v
+
+
+def weights_masked_by_queries_and_keys(q, k, v):
+    return (torch.softmax(q @ k.mT, -1) * torch.ones(q.shape[2], k.shape[2]).tril()) @ v
+
+
+def squared_weights(q, k, v):
+    weights = torch.softmax(q @ k.mT, -1)
+    return (weights * weights) @ v
+
+
+def nan_to_one(q, k, v):
+    weights = torch.softmax(q @ k.mT, -1)
+    return weights.masked_fill(weights.isnan(), 1.0) @ v
+
+
+def masked_then_scaled_by_a_tensor(q, k, v):
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    return torch.softmax((q @ k.mT).masked_fill(hidden, -1e4) * v.sum(), -1) @ v
+
+
+def linear_attention(q, k, v):
+    return torch.softmax(q @ k[0, 0].mT, -1) @ (v[:, :, :9].mT @ v[:, :, :9]).repeat(1, 1, 2, 1)[:, :, :9]
 
 
 def softmax_over_two_dims(q, k, v):
@@ -352,16 +464,19 @@ def float64(q, k, v):
     (written_behind_the_walk, "used elsewhere"),
     (keys_written_before_the_output, "key is written to in place"),
     (values_written_before_the_output, "value is written to in place"),
-    (weights_scaled, "stands between"),
+    (weights_masked_by_queries_and_keys, "over queries and keys"),
+    (squared_weights, "stands between"),
+    (nan_to_one, "used elsewhere"),
+    (linear_attention, "share their keys"),
     (dropout_in_training, "dropout is active"),
-    (softmax_over_two_dims, "stands between"),
+    (softmax_over_two_dims, "does not run over the keys"),
     (exponentials_divided_by_the_wrong_sum, "not divided by the sum of their row"),
     (exponentials_over_queries, "does not sum over"),
-    (one_beside_shifted_exponentials, "stands between"),
+    (one_beside_shifted_exponentials, "not divided by their sum"),
     (sink_with_a_value, "carries a value"),
     (wrong_column_cut, "stands between"),
-    (mixed_heads, "no queries share them"),
-    (routing, "no queries share them"),
+    (mixed_heads, "share their keys"),
+    (routing, "share their keys"),
     (two_scores_side_by_side, "side by side"),
     (float64, "float64"),
 ])
@@ -370,6 +485,14 @@ def test_near_misses_are_refused_with_the_reason(function, why):
     assert isinstance(site, Refused), site
     assert why in site.why
     assert site.origin.line.startswith("test_find.py:")
+
+
+def test_a_mask_of_unknown_depth_is_refused():
+    attention = rewritten(masked_then_scaled_by_a_tensor)
+    q, k, v = qkv(9)
+    torch.testing.assert_close(attention.call(q, k, v), masked_then_scaled_by_a_tensor(q, k, v))
+    assert [record.outcome for record in attention.records] == ["refused"]
+    assert "scaled by a tensor after they are masked" in attention.records[0].why
 
 
 @pytest.mark.parametrize("arguments", [

@@ -480,12 +480,12 @@ def only_the_top_weights(q, k, v):
     return torch.zeros_like(weights).scatter(-1, index, best) @ v
 
 
-@either("stands", "masked_fill")
+@either("stands", "masked_fill", "after the softmax")
 def mask_after_the_softmax(q, k, v):
     return scores(q, k).softmax(-1).masked_fill(future(q, k), 0.0) @ v
 
 
-@either("stands", "mul", "scale", "tensor")
+@either("stands", "mul", "scale", "tensor", "after the softmax")
 def mask_multiplied_with_the_weights(q, k, v):
     return (scores(q, k).softmax(-1) * (~future(q, k)).to(q.dtype)) @ v
 
