@@ -90,7 +90,11 @@ class Walker:
         self.leads_to_product: dict[fx.Node, bool] = {}
 
     def up(self, user: fx.Node, node: Any, dims: Dims, state: Scores,
-                 inner: set[fx.Node]) -> tuple[Product, Dims, Scores]:
+           inner: set[fx.Node]) -> tuple[Product, Dims, Scores]:
+        """From scores to the product that made them: it, the dims of its result, and what was met.
+
+        `user` reads `node`, which has these dims; `inner` are nodes that may read it too.
+        """
         while True:
             if not is_tensor(node):
                 raise Stop(user, "the scores are no tensor of this graph")
