@@ -1,0 +1,75 @@
+"""What it is worth, exactly, that masks are proven: `python -m benchmarks.prefill [--length 8192] [--layers 8]`.
+
+A Llama of Hugging Face with random weights (32 query heads, 8 KV heads, head dim 128 on CUDA; smaller on a CPU) in
+prefill, whose mask transformers materialises under torch.compile. Plain torch.compile beside the dense plan, both sides
+Inductor, same weights, interleaved, medians; the logits must be equal to rounding. CUDA writes the figure and
+results/prefill.json; a CPU prints.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.figures import Figure, record
+from sparsify.measurement import checkout_commit, compile_sides, device_name, measuring, time_in_turns
+from sparsify.plan import Plan
+
+RESULTS = Path(__file__).with_name("results")
+ROUNDING = {torch.bfloat16: 2**-7, torch.float32: 1e-4}
+"""Largest difference of logits, relative to the largest logit."""
+
+
+def main() -> None:
+    """Measure both implementations of Hugging Face, print, and on CUDA keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--layers", type=int, default=8)
+    options = parser.parse_args()
+    on_cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if on_cuda else "cpu")
+    rows = [measure(implementation, options.length, options.layers, device) for implementation in ("sdpa", "eager")]
+    environment = {"device": device_name(device), "torch": torch.__version__, "commit": checkout_commit()}
+    print(json.dumps({"environment": environment, "rows": rows}, indent=1))
+    if not on_cuda:
+        return
+    RESULTS.joinpath("prefill.json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n",
+                                                encoding="utf-8")
+    command = f"python -m benchmarks.prefill --length {options.length} --layers {options.layers}"
+    for row in rows:
+        common: dict[str, Any] = {"issue": "pass", "where": environment["device"], "command": command}
+        name = f"prefill of {options.length}, {row['attention']} attention, dense plan"
+        record(Figure(figure=f"{name}: ratio over torch.compile", value=row["ratio"], bar=">= 1.2", unit="x", **common),
+               Figure(figure=f"{name}: difference of logits", value=row["difference"], bar=f"<= {row['rounding']}",
+                      unit="of the largest", **common))
+
+
+def measure(implementation: str, length: int, layers: int, device: torch.device) -> dict[str, Any]:
+    """One row: milliseconds of both sides, their ratio, and how far their logits are apart."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    wide = device.type == "cuda"
+    heads, kv_heads, dim = (32, 8, 128) if wide else (8, 2, 64)
+    dtype = torch.bfloat16 if wide else torch.float32
+    config = LlamaConfig(vocab_size=4096, hidden_size=heads * dim, intermediate_size=2 * heads * dim, head_dim=dim,
+                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                         max_position_embeddings=length, attn_implementation=implementation)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(device, dtype).eval()
+    ids = torch.randint(config.vocab_size, (1, length), device=device)
+    torch._dynamo.reset()
+    plain, ours = compile_sides(model, Plan.dense())
+    with measuring(model):
+        expected, actual = plain(ids), ours(ids)
+        difference = float((expected - actual).abs().max() / expected.abs().max())
+        del expected, actual
+        seconds = time_in_turns(plain, ours, ids, repeats=5)
+    return {"attention": implementation, "length": length, "layers": layers, "dtype": str(dtype),
+            "plain_ms": 1e3 * seconds[0], "ours_ms": 1e3 * seconds[1], "ratio": seconds[0] / seconds[1],
+            "difference": difference, "rounding": ROUNDING[dtype]}
+
+
+if __name__ == "__main__":
+    main()
