@@ -29,7 +29,7 @@ class Anchor:
     """Weights that are the softmax of `scores` over `dim`.
 
     inner   nodes of the softmax itself, which may read scores and weights beside the walk
-    total   the sum that divides: `weights` already if `divided`, else the product with the values
+    total   the sum that divides: the `dividend`, exponentials, into `weights`; without one, the product with the values
     sink    one more logit in the sum, or None
     """
 
@@ -39,7 +39,7 @@ class Anchor:
     dim: int
     inner: frozenset[fx.Node] = frozenset()
     total: fx.Node | None = None
-    divided: bool = False
+    dividend: fx.Node | None = None
     sink: float | None = None
 
 
@@ -78,10 +78,10 @@ def _read_sum(exponentials: fx.Node, scores: fx.Node) -> Anchor | None:
             divisor, sink = user, 0.0
             inner |= {scores, *shifted}
             scores = argument(scores)
-    divisions = [user for user in exponentials.users if op_name(user) in ("div", "div_")
-                 and argument(user) is exponentials and source(argument(user, 1), divisor) is divisor]
-    weights = divisions[0] if len(divisions) == 1 else exponentials
-    return Anchor("exp chain", scores, weights, dim, frozenset(inner), divisor, bool(divisions), sink)
+    divisions = [user for user in exponentials.users if divided_by(user, exponentials, divisor) is not None]
+    if len(divisions) == 1:
+        return Anchor("exp chain", scores, divisions[0], dim, frozenset(inner), divisor, exponentials, sink)
+    return Anchor("exp chain", scores, exponentials, dim, frozenset(inner), divisor, None, sink)
 
 
 def _shift_of(node: fx.Node) -> set[fx.Node] | None:
@@ -123,9 +123,31 @@ def readers_of(scores: fx.Node, reduced: fx.Node) -> set[fx.Node]:
         (node,) = node.all_input_nodes
 
 
-def source(x: Any, until: fx.Node | None = None) -> fx.Node | None:
+def divided_by(node: fx.Node, dividend: fx.Node, total: fx.Node) -> list[fx.Node] | None:
+    """Whether `node` is dividend / total or dividend * (1 / total): the views of the total on the way, last first."""
+    name = op_name(node).removesuffix("_")
+    if name not in ("div", "mul") or dividend not in node.args or node.kwargs.get("rounding_mode") is not None:
+        return None
+    if name == "div" and argument(node) is not dividend:
+        return None
+    factor: Any = argument(node, 1) if argument(node) is dividend else argument(node)
+    inverse, views = name == "mul", []
+    while factor is not total:
+        if not is_tensor(factor):
+            return None
+        if is_view(factor):
+            views.append(factor)
+        elif op_name(factor) == "reciprocal" and inverse:
+            inverse = False
+        elif op_name(factor) != "mul" or argument(factor, 1) != 1:  # 1 / x is x.reciprocal() * 1
+            return None
+        factor = argument(factor)
+    return None if inverse else views
+
+
+def source(x: Any) -> fx.Node | None:
     """What a tensor shows in another layout."""
-    while is_tensor(x) and x is not until and is_view(x):
+    while is_tensor(x) and is_view(x):
         x = argument(x)
     return x if is_tensor(x) else None
 

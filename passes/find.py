@@ -17,13 +17,12 @@ next: then nothing else reads the scores or the weights, and no in-place op chan
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from sparsify.passes.anchors import ANCHORS, Anchor, read_anchor, source
+from sparsify.passes.anchors import ANCHORS, Anchor, divided_by, read_anchor, source
 from sparsify.passes.axes import (
     Axis,
     Dims,
@@ -33,7 +32,6 @@ from sparsify.passes.axes import (
     flat,
     fresh,
     is_one,
-    is_view,
     leaves,
     op_name,
     regroup,
@@ -45,7 +43,6 @@ from sparsify.passes.graph import (
     argument,
     arguments,
     aten,
-    is_tensor,
     origin,
     same,
     shape,
@@ -175,8 +172,8 @@ class _Finder:
         dim = anchor.dim % len(scores)
         single = not scores[dim]  # one key: it has no axis, and which factor is the keys' shows by what it lacks
         state = Scores(Axis(1) if single else scores[dim][0], sink=anchor.sink)
-        if anchor.divided:
-            self._check_division(anchor, anchor.weights, scores, scores, dim)
+        if anchor.dividend is not None:
+            self._check_division(anchor, anchor.weights, anchor.dividend, scores, scores, dim)
         product, dims, state = self.walker.up(anchor.weights, anchor.scores, scores, state, set(anchor.inner))
         below, weights, weight_dims, gains = self.walker.down(anchor, scores, state)
         left, right = product.operands_of(dims)
@@ -191,7 +188,7 @@ class _Finder:
             raise Stop(below.node, "the product with the values does not sum over what the softmax runs over: it runs "
                                    "over queries, say, or its weights are mixed between heads")
         output = below.node
-        if anchor.total is not None and not anchor.divided:
+        if anchor.total is not None and anchor.dividend is None:
             output, out_dims = self._late_division(anchor, below.node, scores, dim, out_dims)
         summed_dims = tuple(axis for axis in flat(query.dims) if axis not in flat(dims))
         rows = tuple(keys if i == dim else group for i, group in enumerate(scores))
@@ -206,33 +203,32 @@ class _Finder:
         node = product
         while len(node.users) == 1:
             (user,) = node.users
+            assert anchor.total is not None
+            if divided_by(user, node, anchor.total) is not None:
+                self._check_division(anchor, user, node, out, scores, dim)
+                return user, out
             if argument(user) is not node:
                 break
-            if base_name(user) == "div":
-                self._check_division(anchor, user, out, scores, dim)
-                return user, out
             below = view_down(user, out)
             if below is None:
                 break
             node, out = user, below
         raise Stop(product, "the exponentials are not divided by their sum")
 
-    def _check_division(self, anchor: Anchor, division: fx.Node, dims: Dims, scores: Dims, dim: int) -> None:
+    def _check_division(self, anchor: Anchor, division: fx.Node, dividend: fx.Node, dims: Dims, scores: Dims,
+                        dim: int) -> None:
         """Every row is divided by its own sum."""
         assert anchor.total is not None
-        path = []
-        node: Any = argument(division, 1)
-        while node is not anchor.total and is_tensor(node) and is_view(node):
-            path.append(node)
-            node = argument(node)
+        views = divided_by(division, dividend, anchor.total)
         total: Dims | None = scores[:dim] + ((),) * (len(shape(anchor.total)) == len(scores)) + scores[dim + 1:]
-        for view in reversed(path):
+        for view in reversed(views or []):
             total = total and view_down(view, total)
         wanted = {axis for i, group in enumerate(scores) for axis in leaves(group) if i != dim}
-        own = None if total is None else resolve(total)
-        if node is not anchor.total or own is None or set(flat(own)) != wanted or any(
+        own = None if views is None or total is None else resolve(total)
+        if own is None or set(flat(own)) != wanted or any(
                 mine and mine != theirs for mine, theirs in zip(own[::-1], resolve(dims)[::-1], strict=False)):
             raise Stop(division, "the exponentials are not divided by the sum of their row")
+
 
 def broadcast_batch(tensor: fx.Node, batch: Dims, last: Dims) -> Dims:
     """The dims of a factor of SDPA: its batch dims, broadcast, then two of its own."""

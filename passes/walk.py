@@ -46,7 +46,7 @@ from sparsify.passes.products import Product, read_product
 from sparsify.passes.site import Gain, Operand, Scale
 
 DROPOUT = "dropout is active: dropping key blocks would change what it draws"
-ELEMENTWISE = {"mul", "div", "neg", "add", "sub", "masked_fill", "where", "tanh"}
+ELEMENTWISE = {"mul", "div", "neg", "add", "sub", "masked_fill", "index_put", "where", "tanh"}
 
 
 class Stop(Exception):
@@ -162,6 +162,13 @@ class Walker:
             return self._read_addition(node, name == "sub", named, dims, state, inner)
         if name == "masked_fill":
             term = self._term(node, "hide", named["mask"], dims, state, named["value"])
+            return [(named["self"], replace(state, terms=(term, *state.terms)))]
+        if name == "index_put":  # s[mask] = fill
+            mask = named["indices"][0] if len(named["indices"]) == 1 else None
+            if mask is None or value(mask).dtype != torch.bool or named["accumulate"] or not agree_in_shape(
+                    shape(mask), shape(node)):
+                raise Stop(node, f"{node.target} stands between the keys and the softmax")
+            term = self._term(node, "hide", mask, dims, state, named["values"])
             return [(named["self"], replace(state, terms=(term, *state.terms)))]
         kept, hidden = named["self"], named["other"]
         choices = []

@@ -311,18 +311,35 @@ def striped(q, k, v):
     return scores.softmax(-1) @ v
 
 
-FOUND = [rows_of_nan_emptied_by_where, divided_by_the_sum_and_a_little, softmax_plus_half, cosine,
-         copied_keys_written_to, repeated_keys_written_to, striped, weights_scaled, weights_scaled_by_row,
-         weights_scaled_by_key, rows_emptied_after_the_softmax, hidden_twice, rows_of_nan_emptied, softmin,
-         bias_then_temperature, masked_then_temperature, hidden_to_two_depths, pooled_by_a_vector, chain,
-         softmax_method, float32_softmax, scale_on_queries, scale_on_transposed_keys, dropout_in_eval,
-         added_mask_first, filled_in_place, scaled_in_place, kept_where, soft_cap, scaled_after_the_mask,
-         values_on_the_left, tensor_scale, scale_per_head, scale_per_key, three_dims, two_dims, folded_heads,
-         folded_heads_masked_unfolded, baddbmm, length_first, einsum_with_ellipsis, scores_length_first,
-         transposed_scores, multiply_and_sum, five_dims, exponentials, exponentials_without_the_maximum,
-         divided_late, log_softmax, logsumexp, softmax_plus_one, softmax_plus_one_without_overflow,
-         sink_column_of_folded_heads, filled_with_a_tensor, zero_column, sink_column, not_a_number_to_zero,
-         bias_of_a_second_product, per_query_constant, weights_that_are_dropped]
+def filled_by_index(q, k, v):
+    scores = q @ k.mT
+    shown = torch.arange(k.shape[2]) < torch.arange(3, 3 + q.shape[0])[:, None]
+    scores[~shown[:, None, None].expand_as(scores)] = -1e6
+    return scores.softmax(-1) @ v
+
+
+def times_the_reciprocal(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return e * e.sum(-1, keepdim=True).reciprocal() @ v
+
+
+def times_the_reciprocal_late(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return (e @ v) * (1 / e.sum(-1))[..., None]
+
+
+FOUND = [times_the_reciprocal, times_the_reciprocal_late, filled_by_index, rows_of_nan_emptied_by_where,
+         divided_by_the_sum_and_a_little, softmax_plus_half, cosine, copied_keys_written_to,
+         repeated_keys_written_to, striped, weights_scaled, weights_scaled_by_row, weights_scaled_by_key,
+         rows_emptied_after_the_softmax, hidden_twice, rows_of_nan_emptied, softmin, bias_then_temperature,
+         masked_then_temperature, hidden_to_two_depths, pooled_by_a_vector, chain, softmax_method, float32_softmax,
+         scale_on_queries, scale_on_transposed_keys, dropout_in_eval, added_mask_first, filled_in_place,
+         scaled_in_place, kept_where, soft_cap, scaled_after_the_mask, values_on_the_left, tensor_scale,
+         scale_per_head, scale_per_key, three_dims, two_dims, folded_heads, folded_heads_masked_unfolded, baddbmm,
+         length_first, einsum_with_ellipsis, scores_length_first, transposed_scores, multiply_and_sum, five_dims,
+         exponentials, exponentials_without_the_maximum, divided_late, log_softmax, logsumexp, softmax_plus_one,
+         softmax_plus_one_without_overflow, sink_column_of_folded_heads, filled_with_a_tensor, zero_column,
+         sink_column, not_a_number_to_zero, bias_of_a_second_product, per_query_constant, weights_that_are_dropped]
 
 
 @pytest.mark.parametrize("function", FOUND)
@@ -421,6 +438,11 @@ def exponentials_divided_by_the_wrong_sum(q, k, v):
     return e / e.sum(-1)[:, :, None] @ v  # as many keys as queries: it broadcasts
 
 
+def times_the_sum(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return e * e.sum(-1, keepdim=True) @ v
+
+
 def exponentials_over_queries(q, k, v):
     e = torch.exp(q @ k.mT)
     return e / e.sum(-2, keepdim=True) @ v
@@ -471,6 +493,7 @@ def float64(q, k, v):
     (dropout_in_training, "dropout is active"),
     (softmax_over_two_dims, "does not run over the keys"),
     (exponentials_divided_by_the_wrong_sum, "not divided by the sum of their row"),
+    (times_the_sum, "not divided by their sum"),
     (exponentials_over_queries, "does not sum over"),
     (one_beside_shifted_exponentials, "not divided by their sum"),
     (sink_with_a_value, "carries a value"),
