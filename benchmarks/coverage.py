@@ -159,7 +159,8 @@ def write_table(dense_file: str, sparse_file: str) -> None:
         *(f"| {name} | {total['fully_covered']} / {total['entries']} "
           f"| {total['found_calls']} / {total['expected_calls']} |"
           for name, total in dense["summary"].items() if isinstance(total, dict)),
-        "", f"Wrong outputs, over-counts and failures: {', '.join(wrong) or 'none'}. The check took "
+        "", f"Of the exact calls that were left, {rightly} were left rightly: dropout, weights that leave the graph, or an "
+        "online softmax.", f"Wrong outputs, over-counts and failures: {', '.join(wrong) or 'none'}. The check took "
         f"{dense['summary']['seconds']:.0f} s.", "", "## Left as they were, and why", "",
         "| entry | exact | expected | rewritten | why |", "|---|---|---|---|---|",
         *(f"| {row['name']} | {'yes' if row['exact'] else 'no'} | {row['expected']} | {row['rewritten']} "
@@ -178,7 +179,6 @@ def write_table(dense_file: str, sparse_file: str) -> None:
 
     record(figure("zoo: exact attention calls rewritten, or rightly left",
                   (exact["found_calls"] + rightly) / exact["expected_calls"], ">= 1.0", "share"),
-           figure("zoo: exact attention calls rightly left", rightly, ">= 0", "calls"),
            figure("zoo: wrong outputs, over-counts and failures", len(wrong), "<= 0", "entries"),
            figure("zoo: the whole check", dense["summary"]["seconds"], "<= 900", "s"),
            figure("zoo: sparse entries apart from float64 over their lists", len(apart), "<= 0", "entries"))
