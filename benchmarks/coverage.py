@@ -159,7 +159,7 @@ def write_table(dense_file: str, sparse_file: str) -> None:
         *(f"| {name} | {total['fully_covered']} / {total['entries']} "
           f"| {total['found_calls']} / {total['expected_calls']} |"
           for name, total in dense["summary"].items() if isinstance(total, dict)),
-        "", f"Of the exact calls that were left, {rightly} were left rightly: dropout, weights that leave the graph, or "
+        "", f"Of the exact calls that were left, {rightly} were left rightly: dropout, weights that leave the graph, "
         "an online softmax.", f"Wrong outputs, over-counts and failures: {', '.join(wrong) or 'none'}. The check took "
         f"{dense['summary']['seconds']:.0f} s.", "", "## Left as they were, and why", "",
         "| entry | exact | expected | rewritten | why |", "|---|---|---|---|---|",
