@@ -205,8 +205,9 @@ def _query_group(chain: Chain, alone: list[Group], keys: Group) -> Group:
     single = len(chain.scores) >= 4 and last and not resolve(chain.scores)[last[0]]  # [..., heads, 1, keys]
     if not candidates or single:
         return ()
-    tied = [group for group in candidates for term in chain.state.terms
-            if set(group) & set(flat(term.dims)) and set(keys) & set(flat(term.dims))]
+    masks = [set(flat(term.dims)) for term in chain.state.terms]
+    tied = [group for group in candidates for axes in masks
+            if set(group) & axes and set(keys) & axes and axes <= {*group, *keys}]
     symbolic = [group for group in candidates if any(not isinstance(a.size, int) for a in group)]
     for preferred in (tied, symbolic):
         if preferred and all(group == preferred[0] for group in preferred):
