@@ -19,7 +19,6 @@ from sparsify.passes.graph import argument, arguments, is_tensor, shape
 
 SOFTMAXES = {"softmax", "_softmax", "special_softmax"}
 ANCHORS = {*SOFTMAXES, "exp", "exp_"}
-SUMS = {"sum"}
 NEGLIGIBLE = 2**-24
 """Against a sum of exponentials that holds exp(0): less than the rounding of float32."""
 
@@ -60,7 +59,8 @@ def read_anchor(node: fx.Node) -> Anchor | None:
 
 
 def _read_sum(exponentials: fx.Node, scores: fx.Node) -> Anchor | None:
-    sums = [user for user in exponentials.users if op_name(user) in SUMS and len(arguments(user).get("dim") or ()) == 1]
+    sums = [user for user in exponentials.users
+            if op_name(user) == "sum" and len(arguments(user).get("dim") or ()) == 1]
     if len(sums) != 1:
         return None
     (total,) = sums

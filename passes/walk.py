@@ -322,7 +322,7 @@ class Walker:
         gains: tuple[Gain, ...] = ()
         while True:
             users = [user for user in node.users if user not in anchor.inner]
-            tests = [user for user in users if base_name(user) in ("isnan", "isfinite")]
+            tests = [user for user in users if base_name(user) == "isnan"]
             rest = [user for user in users if user not in tests]
             if not rest:
                 raise Stop(node, "the attention weights are used by nothing")
@@ -411,9 +411,9 @@ def _read_gain(user: fx.Node, weights: fx.Node, dims: Dims) -> Gain | None:
 
 def _empties_rows(user: fx.Node, weights: fx.Node, tests: list[fx.Node], written: Container[fx.Node]) -> bool:
     """Whether rows of NaN become zeros, as they are in our ops: masked_fill(w, isnan(w), 0), where(isnan(w), 0, w)."""
-    (test,) = tests if len(tests) == 1 else (None,)
-    if test is None or base_name(test) != "isnan" or list(test.users) != [user]:
+    if len(tests) != 1 or list(tests[0].users) != [user]:
         return False
+    (test,) = tests
     named = arguments(user)
     if base_name(user) == "masked_fill":
         return named["self"] is weights and named["mask"] is test and value(named["value"]) == 0
