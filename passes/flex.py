@@ -123,7 +123,7 @@ def _on_grids(tracer: Any, name: str, mod: Any, *args: Any) -> Tensor:
     """Evaluate a mod for all scores at once; only where each op does to a grid what it does to a scalar."""
     if not isinstance(mod, fx.GraphModule):
         raise _NotInlined(f"the {name} is no graph")
-    last = next(reversed(tracer.graph.nodes))
+    last = next(iter(reversed(tracer.graph.nodes)))
     result = _OnGrids(mod, name).run(*args)
     for node in reversed(tracer.graph.nodes):
         if node is last:

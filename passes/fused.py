@@ -98,6 +98,15 @@ OPENED: dict[Any, Callable[..., Any]] = {
 """The function that computes what a fused op computes."""
 
 
+if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_transformer_encoder_layer_fwd", "Meta"):
+    # torch 2.11: without its shape Dynamo cannot put the op into a graph, and every layer is a graph break.
+    @torch.library.register_fake("aten::_transformer_encoder_layer_fwd")
+    def _encoder_layer_shape(src: Tensor, *_: Any) -> Tensor:
+        if src.is_nested:
+            raise NotImplementedError("the shape of a nested tensor")
+        return torch.empty_like(src, memory_format=torch.contiguous_format)
+
+
 @torch.compiler.substitute_in_graph(transformer._detect_is_causal_mask)
 def _detect_is_causal_mask(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
     """Whether nn.Transformer may drop a causal mask.

@@ -21,6 +21,7 @@ import operator
 import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
@@ -32,6 +33,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes import shape_prop
 
 from sparsify.passes.emit import size_node
 from sparsify.passes.flex import add_shadow, drop_useless_shadows
@@ -53,7 +55,7 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
         return _interpret(gm, *args)
 
     # Pre-dispatch tracing turns grad mode switches of the graph into calls: ours must be as it was afterwards.
-    with mode, torch.set_grad_enabled(torch.is_grad_enabled()):
+    with mode, torch.set_grad_enabled(torch.is_grad_enabled()), _no_memory_formats():
         trace = make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True,
                         _error_on_data_dependent_ops=False)
         normal = trace(*fakes)
@@ -106,6 +108,15 @@ def _fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[An
     return mode, [fake(x) for x in example_inputs]
 
 
+def _no_memory_formats() -> contextlib.AbstractContextManager[Any]:
+    """make_fx asks every tensor for its memory format, and each answer that depends on a size is a guard.
+
+    A square mask would fix that q_len is kv_len. `meta["tensor_meta"]` is for nobody: it comes without the format.
+    """
+    extract = functools.partial(shape_prop._extract_tensor_metadata, include_contiguity=False)
+    return mock.patch.object(proxy_tensor, "_extract_tensor_metadata", extract)
+
+
 def _interpret(gm: fx.GraphModule, *args: Any) -> Any:
     with fx.traceback.preserve_node_meta(), _Interpreter(gm) as interpreter:
         return interpreter.run(*args)
@@ -156,7 +167,7 @@ class _Interpreter(fx.Interpreter):
     def _first(self, node: fx.Node, key: Hashable, tensors: list[Traced]) -> Any:
         """Trace a call that may be repeated later."""
         inputs = [x.current(self._tracer) for x in tensors]
-        last = next(reversed(self._tracer.graph.nodes), None)
+        last = next(iter(reversed(self._tracer.graph.nodes)), None)
         result = self._traced(node)
         added = list(itertools.takewhile(lambda n: n is not last, reversed(self._tracer.graph.nodes)))[::-1]
         made = template(self._tracer, added, tensors, inputs, result, self._metadata)

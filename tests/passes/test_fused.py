@@ -4,6 +4,7 @@ import pytest
 import torch
 from graphs import capture
 
+from sparsify.passes import fused
 from sparsify.passes.fused import encoder_layer, multi_head_attention
 
 aten = torch.ops.aten
@@ -51,6 +52,19 @@ def test_an_encoder_layer_is_what_aten_computes(mask, norm_first, use_gelu):
     torch.testing.assert_close(encoder_layer(*given), torch._transformer_encoder_layer_fwd(*given))
 
 
+@pytest.mark.skipif(not hasattr(fused, "_encoder_layer_shape"), reason="torch itself tells Dynamo the shape of the op")
+@pytest.mark.parametrize("turn", [lambda x: x, lambda x: x.transpose(0, 1), lambda x: x[..., ::2]])
+def test_the_shape_of_an_encoder_layer_is_what_aten_returns(turn):
+    src = turn(torch.randn(BATCH, LENGTH, DIM * 2))
+    dim = src.shape[2]
+    weights = (torch.randn(3 * dim, dim), torch.randn(3 * dim), torch.randn(dim, dim), torch.randn(dim), True, False,
+               1e-3, *(torch.randn(dim) for _ in range(4)), torch.randn(24, dim), torch.randn(24),
+               torch.randn(dim, 24), torch.randn(dim))
+    real = torch._transformer_encoder_layer_fwd(src, dim, HEADS, *weights)
+    fake = fused._encoder_layer_shape(src)
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
 def layer(**options):
     return torch.nn.TransformerEncoderLayer(DIM, HEADS, 24, batch_first=True, **options).eval()
 
@@ -71,8 +85,8 @@ def test_multi_head_attention_called_directly_is_opened():
     attention = torch.nn.MultiheadAttention(DIM, HEADS, batch_first=True).eval()
     assert attentions(lambda x: attention(x, x, x, need_weights=False)[0], torch.randn(BATCH, LENGTH, DIM)) == 1
     # Called as an op, as a graph from torch.export does.
-    fused, weights = aten._native_multi_head_attention.default, projections()
-    assert attentions(lambda x: fused(x, x, x, DIM, HEADS, *weights, None, False)[0], torch.randn(2, LENGTH, DIM)) == 1
+    op, weights = aten._native_multi_head_attention.default, projections()
+    assert attentions(lambda x: op(x, x, x, DIM, HEADS, *weights, None, False)[0], torch.randn(2, LENGTH, DIM)) == 1
 
 
 def test_a_transformer_with_a_causal_mask_is_one_graph():
