@@ -1,4 +1,4 @@
-"""The command line: `sparsify bench`, `sparsify explain`, `sparsify plan show`.
+"""The command line: `sparsify bench`, `sparsify explain`, `sparsify tune`, `sparsify plan show`.
 
 Results go to stdout, everything else to stderr. A caller's mistake is one line and exit code 2.
 """
@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from sparsify.errors import DeviceError, ModelError, OptionError, SparsifyError, TextError
-from sparsify.plan import Plan, resolve_plan
+from sparsify.plan import Budget, Plan, resolve_plan
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +132,58 @@ def explain(
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
 
 
+@app.command()
+def tune(
+    model: Annotated[str | None, typer.Argument(
+        metavar="[MODEL]", show_default="the shipped tiny-lm",
+        help="Folder, GGUF file or id, as for --model elsewhere; only its configuration is read.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads, in place of a model.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(show_default="as many as query heads", help="KV heads.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Head dim, with --heads.")] = 128,
+    lengths: Annotated[str | None, typer.Option(
+        metavar="N,N,...", show_default="1024 to 8192 on cpu, 1024 to 32768 on cuda",
+        help="Lengths in tokens.")] = None,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
+    full: Annotated[bool, typer.Option("--full", help="Every query sees every key, in place of causal.")] = False,
+    singles: Annotated[int, typer.Option(help="Surprising keys of a split summary, as in the plan.")] = Budget.singles,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure which exact kernel is fastest here and from where on sparse attention pays, and keep it.
+
+    The ops read it: exact attention takes the fastest kernel, sparse buckets run exact where sparse would be slower.
+    On a GPU they measure by themselves what is missing; SPARSIFY_TUNE=read in the environment forbids that,
+    SPARSIFY_TUNE=0 leaves everything to built-in constants.
+    """
+    numbers = None if lengths is None else _parse_lengths(lengths)
+    if heads is None and kv_heads is not None:
+        raise OptionError(f"kv_heads is {kv_heads} and heads is not given. Give --heads too, or a model alone.")
+    if heads is not None and model is not None:
+        raise OptionError(f"model is {model!r} and heads is {heads}. Give one of the two.")
+    Budget(0.0, singles=singles)  # refuses what no plan may hold
+    place = _find_device(device)
+    import torch
+
+    from sparsify import timings
+    from sparsify.tuning import Layer, table
+    from sparsify.tuning import tune as tune_layer
+
+    if heads is not None:
+        layer = Layer(heads, heads if kv_heads is None else kv_heads, head_dim, head_dim)
+    else:
+        layer = Layer.of_config(_load_config(model))
+    with _progress() as tell:
+        rows = tune_layer(layer, numbers, device=torch.device(place), dtype=_find_dtype(dtype, place), batch=batch,
+                          causal=not full, singles=singles, progress=tell)
+    stored = str(timings.path())
+    if as_json:
+        typer.echo(json.dumps({"stored": stored, "rows": [row.to_dict() for row in rows]}, indent=2))
+    else:
+        typer.echo(table(rows))
+    console.print(f"stored in {stored}", markup=False)
+
+
 @plan_app.command()
 def show(
     file: Annotated[Path | None, typer.Argument(show_default="the default plan")] = None,
@@ -141,6 +193,15 @@ def show(
     """Check a plan file and print it."""
     plan = Plan.default(device.value) if file is None else Plan.load(file)
     typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
+
+
+def _load_config(model: str | None) -> Any:
+    try:
+        from sparsify.models.loading import load_config
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{error.name} is missing. Reading a model needs: "
+                         "pip install 'sparsify-attention[models]'; or give --heads.") from error
+    return load_config(model)
 
 
 def _prepare(model: str | None, text: Path | None, device: Device | None, dtype: Dtype | None,

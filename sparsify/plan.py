@@ -1,6 +1,6 @@
 """Plans: which budget holds for which key length. JSON on disk, versioned, hashable, readable by a person.
 
-A leaf: imports nothing of sparsify but its errors, so anyone may import it.
+A leaf: imports nothing of sparsify but the other leaves, so anyone may import it.
 """
 
 import hashlib
@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sparsify import timings
 from sparsify.errors import PlanError
 
 SCHEMA = 1
 
 # Key length below which attention is exact: on a CPU dense is as fast and little can be dropped; on a GPU dense is as
-# fast up to 8K even with many heads. With few heads the op itself decides, see `ops.attend.selection_pays`.
+# fast up to 8K even with many heads. `sparsify tune` may find that it is less; above, the op itself decides call by
+# call, see `ops.crossover.selection_pays`.
 CROSSOVER = {"cpu": 4096, "cuda": 8192}
 DEFAULT_TOLERANCE = 0.03  # 16K tokens, the shipped model: KL 0.005 nats, loss +0.2 %; 0.04 has twice the KL
 
@@ -129,9 +131,11 @@ class Plan:
         The first site stays dense in every bucket: the first layer spreads its attention widely in every model
         measured (73 % of the blocks for coverage 0.95 at 8K keys, where later layers need 6 to 47 %).
 
-        device_type: "cpu" or "cuda"; the crossover differs.
+        device_type: "cpu" or "cuda"; the crossover differs. Where `sparsify tune` measured a lower one, that holds.
         """
         crossover = CROSSOVER.get(device_type, max(CROSSOVER.values()))
+        measured = timings.crossover(device_type, DEFAULT_TOLERANCE, Budget.singles)
+        crossover = crossover if measured is None else min(crossover, measured)
         first_dense = {0: Budget.dense()}
         return cls(
             (Bucket(1, crossover, Budget.dense()),

@@ -17,6 +17,7 @@ from sparsify.errors import ModelError, OptionError, PlanError, TextError
 from sparsify.measurement import Side, compile_sides, measuring
 from sparsify.models.loading import HELDOUT_TEXT, TINY_LM, load_model, load_tokenizer, read_text
 from sparsify.models.tasks import KINDS, exact_match, heldout_tokens, retrieval_rows
+from sparsify.ops import crossover
 from sparsify.plan import Plan
 from tests.small_model import EDGE, PLAN, save_small_model, small_model
 
@@ -259,6 +260,7 @@ def test_retrieval_survives(kind, length):
 @pytest.mark.gpu
 def test_a_gpu_is_measured_too(tokens, device, monkeypatch):
     monkeypatch.setattr(measurement, "MEASURED_SECONDS", 0.02)
+    monkeypatch.setattr(crossover, "selection_pays", lambda *call: True)  # at these lengths it does not
     model = small_model().to(device, torch.bfloat16)
     report = sparsify.benchmark(model, tokens, LENGTHS, plan=PLAN)
     assert report.environment["device_name"] == torch.cuda.get_device_name(device)

@@ -49,6 +49,15 @@ def load_model(name: str | Path | None = None, *, device: str = "cpu", dtype: to
     return Loaded(model.to(device).eval(), tokenizer, title)
 
 
+def load_config(name: str | Path | None = None) -> Any:
+    """The configuration of a model, found as `load_model` finds it, without its weights. Raises ModelError."""
+    from transformers import AutoConfig
+
+    place, options = _locate(TINY_LM if name is None else name)
+    with _model_errors(name or "tiny-lm"):
+        return AutoConfig.from_pretrained(place, local_files_only=True, **options)
+
+
 def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer of a model, found as `load_model` finds it. Raises ModelError."""
     return _load_tokenizer(*_locate(name))

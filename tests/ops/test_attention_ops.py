@@ -10,7 +10,7 @@ from sparsify.errors import OptionError, ShapeError
 from sparsify.kernels import composite, estimate, gather, native, oracle, rule
 from sparsify.kernels.blocks import KEY_BLOCK, KeptLists, allowed_blocks, count_blocks
 from sparsify.kernels.masks import Masks
-from sparsify.ops import attend
+from sparsify.ops import crossover
 from tests.numerics import assert_as_good_as_torch
 from tests.ops.cases import EXTRAS, MASKS, Case, plain_attention
 
@@ -25,7 +25,7 @@ CPU_PATHS = [
 @pytest.fixture(autouse=True)
 def selection_always_pays(monkeypatch):
     """Small calls run sparse on a GPU too."""
-    monkeypatch.setattr(attend, "LAUNCH_SECONDS", 0.0)
+    monkeypatch.setattr(crossover, "LAUNCH_SECONDS", 0.0)
 
 
 @pytest.fixture(params=[*MASKS, *EXTRAS], ids=str)
@@ -239,7 +239,7 @@ def test_counters_count_only_when_asked(rng, device):
 
 
 def test_small_calls_on_a_gpu_run_exact(rng, device, monkeypatch):
-    monkeypatch.setattr(attend, "LAUNCH_SECONDS", 1e-3)
+    monkeypatch.setattr(crossover, "LAUNCH_SECONDS", 1e-3)
     case = Case.random(rng, device, 1000, 1000, 0, None)
     with ops.counting() as counters:
         ops.adaptive_attention(*case.qkv, *case.arguments, 0.3, *BUDGET.values(), 0, ops.VERSION)
@@ -249,10 +249,10 @@ def test_small_calls_on_a_gpu_run_exact(rng, device, monkeypatch):
 @pytest.mark.parametrize(("heads", "length", "milliseconds"), [(32, 32768, 19.5), (32, 4096, 0.305), (6, 16384, 0.458)])
 def test_dense_time_is_estimated_from_shapes(heads, length, milliseconds):
     q = torch.empty(1, heads, length, 128 if heads == 32 else 64, dtype=torch.bfloat16, device="meta")
-    causal = attend.dense_seconds(q, q, q, Masks(0))
+    causal = crossover.dense_seconds(q, q, q, Masks(0))
     assert 1e3 * causal == pytest.approx(milliseconds, rel=0.05)
-    assert attend.dense_seconds(q, q, q, Masks()) == 2 * causal
-    assert attend.dense_seconds(q, q, q, Masks(0, window=length // 8)) == causal / 4
+    assert crossover.dense_seconds(q, q, q, Masks()) == 2 * causal
+    assert crossover.dense_seconds(q, q, q, Masks(0, window=length // 8)) == causal / 4
 
 
 NO_MASKS = {"window": None, "key_mask": None, "query_documents": None, "key_documents": None, "attn_mask": None,
