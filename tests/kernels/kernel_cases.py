@@ -11,6 +11,8 @@ from sparsify.kernels.masks import Masks
 from tests.numerics import assert_as_good_as_torch, attention_units
 from tests.ops.cases import draw_extras
 
+RULE = {"sinks": 1, "local": 1}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -76,10 +78,10 @@ def random_lists(rng: torch.Generator, case: Case, masks: Masks, density: float)
 
 
 def assert_attention_is_right(attend, rng: torch.Generator, case: Case, dtype: torch.dtype, density: float,
-                              scale: float = 0.3) -> None:
-    """Run `attend` on random inputs and lists; compare out and lse with float64 over the same lists."""
+                              scale: float = 0.3, masks: Masks | None = None) -> None:
+    """Run `attend` on random inputs, masks and lists; compare out and lse with float64 over the same lists."""
     q, k, v = qkv(rng, case, dtype)
-    masks = draw_masks(rng, case)
+    masks = draw_masks(rng, case) if masks is None else masks
     lists = random_lists(rng, case, masks, density)
     call = {"scale": scale, **named(masks)}
     out, lse = attend(q, k, v, *lists, scale=scale, masks=masks)
@@ -98,6 +100,35 @@ def assert_attention_is_right(attend, rng: torch.Generator, case: Case, dtype: t
     assert (out[blind] == 0).all()
     if masks.sink_logits is None:
         assert (lse[blind] == -torch.inf).all()
+
+
+def assert_lists_obey(lists: blocks.KeptLists, exact: Tensor, band: Tensor | float, case: Case, masks: Masks,
+                      tolerance: float, max_density: float) -> None:
+    """Lists are what the rule makes of peaks within `band` of the exact ones, under the budget `RULE`."""
+    device = exact.device
+    allowed = blocks.allowed_blocks(masks, case.L, case.S, device)
+    boundary = blocks.boundary_blocks(case.L, case.S, case.causal_offset, device)
+    forced = blocks.forced_blocks(allowed, boundary, **RULE)[:, None]
+    allowed = allowed[:, None].expand_as(exact)
+    kept = rule.unpack(lists, case.blocks)
+    # The layout: exactly what `pack` makes of the same set, which the even fill has already evened out.
+    repacked = rule.pack(kept, exact, allowed[:, 0])
+    assert torch.equal(lists.kept, repacked.kept) and torch.equal(lists.counts, repacked.counts)
+
+    surely = allowed & (forced | (exact >= tolerance + band))
+    maybe = allowed & (forced | (exact >= tolerance - band))
+    total = allowed.sum(-1, keepdim=True)
+    may_be_full = maybe.sum(-1, keepdim=True) > max_density * total
+    must_be_full = surely.sum(-1, keepdim=True) > max_density * total
+    assert not (surely & ~kept).any(), "a block above the tolerance was dropped"
+    assert not (must_be_full & allowed & ~kept).any(), "a row above max_density was not kept whole"
+    extra = kept & ~maybe
+    assert not (extra & ~allowed).any(), "a block was kept that no row may see"
+    number = extra.sum(-1, keepdim=True)
+    full = (kept == allowed).all(-1, keepdim=True) & may_be_full
+    assert ((number <= 1) | full).all(), "more was kept than the rule and the even fill explain"
+    best_left = torch.where(allowed & ~kept, exact, -1.0).amax(-1, keepdim=True)
+    assert ((exact >= best_left - 2 * band) | ~extra).all(), "the even fill is not the best block left"
 
 
 def bias_units(masks: Masks) -> float:
