@@ -50,7 +50,7 @@ WORKLOADS = {
     for w in (
         Workload("cpu_layer", "cpu", 8, 8, 64, torch.float32, (2048, 4096, 8192, 16384), (1.0, 0.25, 0.1)),
         Workload("cuda_layer", "cuda", 32, 8, 128, torch.bfloat16, (4096, 8192, 16384, 32768, 65536, 131072),
-                 (1.0, 0.25, 0.1)),
+                 (1.0, 0.5, 0.25, 0.125, 0.1)),
         Workload("cuda_layer_d64", "cuda", 32, 8, 64, torch.bfloat16, (8192, 32768), (1.0, 0.25, 0.1)),
     )
 }

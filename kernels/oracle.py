@@ -126,13 +126,13 @@ def estimate_shares(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: floa
         mass = mass + bias
     cut, allowed = (blocks(masks, q_len, kv_len, q.device).repeat_interleave(QUERY_BLOCK, 1)[:, None, :q_len]
                     for blocks in (cut_blocks, allowed_blocks))
-    mass = torch.where(cut, _exact_block_mass(q, k, scale, masks), mass).masked_fill(~allowed, -torch.inf)
-    return _shares(mass, masks)
+    mass = torch.where(cut, exact_block_mass(q, k, scale, masks), mass).masked_fill(~allowed, -torch.inf)
+    return shares_of(mass, masks)
 
 
 def true_shares(q: Tensor, k: Tensor, *, scale: float, **masks: Any) -> Tensor:
     """Every row's true share of attention per key block: [B, H, q_len, key blocks]."""
-    return _shares(_exact_block_mass(q, k, scale, Masks(**masks)), Masks(**masks))
+    return shares_of(exact_block_mass(q, k, scale, Masks(**masks)), Masks(**masks))
 
 
 def peaks(shares: Tensor) -> Tensor:
@@ -151,7 +151,8 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, tolerance: float, max_d
                          max_density=max_density, sinks=sinks, local=local, masks=Masks(**masks))
 
 
-def _exact_block_mass(q: Tensor, k: Tensor, scale: float, masks: Masks) -> Tensor:
+def exact_block_mass(q: Tensor, k: Tensor, scale: float, masks: Masks) -> Tensor:
+    """Log mass of every key block for every row, masks included: [B, H, q_len, key blocks]."""
     group = q.shape[1] // k.shape[1]
     scores = masks.scores(q @ k.repeat_interleave(group, 1).transpose(-1, -2), scale)
     pad = count_blocks(k.shape[2], KEY_BLOCK) * KEY_BLOCK - k.shape[2]
@@ -159,7 +160,8 @@ def _exact_block_mass(q: Tensor, k: Tensor, scale: float, masks: Masks) -> Tenso
     return scores.unflatten(-1, (-1, KEY_BLOCK)).logsumexp(-1)
 
 
-def _shares(mass: Tensor, masks: Masks) -> Tensor:
+def shares_of(mass: Tensor, masks: Masks) -> Tensor:
+    """From log masses to shares of a row; zeros for a row that sees nothing."""
     total = _with_sinks(mass.logsumexp(-1), masks.sink_logits)[..., None]
     return torch.exp(mass - total).nan_to_num(0.0)  # a row that sees nothing: -inf - -inf
 

@@ -328,7 +328,8 @@ def _estimate_masked_peaks(q, k, key_mask, kinds, bias, singles, mean, variance,
                                "tolerance", "max_density"])
 def _pack_lists(peaks, single_count, rest_count, kinds, kept, counts, stride_count_batch, stride_kinds_batch,
                 query_blocks, key_blocks, list_capacity, H, L, offset, tolerance, max_density, sinks, local,
-                ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr):
+                ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr,
+                HAS_KEY_MASK: tl.constexpr):
     row = tl.program_id(0)
     query_block = row % query_blocks
     batch = row // query_blocks // H
@@ -338,10 +339,12 @@ def _pack_lists(peaks, single_count, rest_count, kinds, kept, counts, stride_cou
 
     first_row = query_block * ROWS
     if PLAIN:
-        counts_at = batch * stride_count_batch + blocks
-        keys = tl.load(single_count + counts_at, inside, other=0) + tl.load(rest_count + counts_at, inside, other=0)
         last_row = tl.minimum(first_row + ROWS, L) - 1
-        allowed = inside & (keys > 0) & (blocks * BLOCK <= last_row + offset)
+        allowed = inside & (blocks * BLOCK <= last_row + offset)
+        if HAS_KEY_MASK:
+            counts_at = batch * stride_count_batch + blocks
+            keys = tl.load(single_count + counts_at, inside, other=0) + tl.load(rest_count + counts_at, inside, other=0)
+            allowed &= keys > 0
     else:
         kinds += batch.to(tl.int64) * stride_kinds_batch + query_block.to(tl.int64) * key_blocks
         allowed = tl.load(kinds + blocks, inside, other=0) != 0
@@ -377,19 +380,35 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
     """Summaries, peaks, kept lists; arguments as above and in `sparsify.plan.Budget`."""
     B, H, L, _ = q.shape
     S = k.shape[2]
-    q, k = _fit(q), _fit(k)
-    summaries = summarise_keys(k, singles, masks.key_mask)
-    kinds = None if masks.is_plain else block_kinds(masks, L, S, q.device)
-    peaks = _launch_peaks(q, k, summaries, scale, masks, kinds)
+    kinds = single_count = rest_count = None
+    count_stride = 0
+    if _runs_on_hopper(q, k, masks, singles):
+        from sparsify.kernels import hopper_select  # Gluon: not for Triton's interpreter
+
+        peaks = hopper_select.estimated_peaks(q, k, scale=scale, masks=masks, singles=singles)
+    else:
+        q, k = _fit(q), _fit(k)
+        summaries = summarise_keys(k, singles, masks.key_mask)
+        single_count, rest_count, count_stride = summaries.single_count, summaries.rest_count, _count_stride(summaries)
+        kinds = None if masks.is_plain else block_kinds(masks, L, S, q.device)
+        peaks = _launch_peaks(q, k, summaries, scale, masks, kinds)
     query_blocks, key_blocks = peaks.shape[2:]
     kept = torch.empty(B, H, query_blocks, capacity(key_blocks), dtype=torch.int32, device=q.device)
     counts = torch.empty(B, H, query_blocks, dtype=torch.int32, device=q.device)
     _pack_lists[(counts.numel(),)](
-        peaks, summaries.single_count, summaries.rest_count, peaks if kinds is None else kinds, kept, counts,
-        _count_stride(summaries), _batch_stride(kinds), query_blocks, key_blocks, kept.shape[3], H, L,
-        _offset(masks.causal_offset, S), tolerance, max_density, sinks, local, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK,
-        WIDTH=triton.next_power_of_2(key_blocks), PLAIN=kinds is None, num_warps=PACK_WARPS)
+        peaks, single_count, rest_count, kinds, kept, counts, count_stride, _batch_stride(kinds), query_blocks,
+        key_blocks, kept.shape[3], H, L, _offset(masks.causal_offset, S), tolerance, max_density, sinks, local,
+        ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=triton.next_power_of_2(key_blocks), PLAIN=kinds is None,
+        HAS_KEY_MASK=masks.key_mask is not None, num_warps=PACK_WARPS)
     return KeptLists(kept, counts)
+
+
+def _runs_on_hopper(q: Tensor, k: Tensor, masks: Masks, singles: int) -> bool:
+    if not q.is_cuda:
+        return False
+    from sparsify.kernels import hopper_select
+
+    return hopper_select.why_not(q, k, masks, singles) is None
 
 
 def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles: int) -> Tensor:

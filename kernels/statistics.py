@@ -26,6 +26,28 @@ NUM_WARPS = 4  # a tile of 64 x 128 keys in float32 is 64 registers a thread
 LARGEST = {torch.float16: 65504.0, torch.bfloat16: 3.3e38, torch.float32: 3.3e38}  # an infinite variance times 0 is NaN
 
 
+@triton.jit
+def split_keys(keys, visible, dim_inside, rows, SINGLES: tl.constexpr):
+    """The rank of every key by its distance from the mean, mean and variance of those behind `SINGLES`, and counts.
+
+    keys float32 [BLOCK, D_PAD], zeros where not visible. Ranks: 0 is farthest; of equals the first; hidden keys last.
+    """
+    count = tl.sum(visible.to(tl.int32), 0)
+    from_mean = keys - (tl.sum(keys, 0) / tl.maximum(count, 1))[None, :]
+    from_mean = tl.where(dim_inside[None, :], from_mean, 0.0)
+    distance = tl.where(visible, tl.sum(from_mean * from_mean, 1), -1.0)
+    others = tl.trans(tl.broadcast_to(distance[:, None], [keys.shape[0], keys.shape[0]]))
+    before = (others == distance[:, None]) & (rows[None, :] < rows[:, None])
+    rank = tl.sum(((others > distance[:, None]) | before).to(tl.int32), 1)
+    rest = visible & (rank >= SINGLES)
+    rest_count = tl.maximum(count - SINGLES, 0)
+    many = tl.maximum(rest_count, 1)
+    mean = tl.sum(tl.where(rest[:, None], keys, 0.0), 0) / many
+    deviation = tl.where(rest[:, None], keys - mean[None, :], 0.0)
+    variance = tl.sum(deviation * deviation, 0) / many
+    return rank, mean, variance, count, rest_count
+
+
 @triton.jit(do_not_specialize=["S", "MASKS"])
 def _summarise_keys(k, key_mask, singles, mean, variance, single_count, rest_count,
                     stride_b, stride_h, stride_s, stride_d, stride_mask_batch, stride_mask, S, MASKS, largest,
@@ -46,29 +68,13 @@ def _summarise_keys(k, key_mask, singles, mean, variance, single_count, rest_cou
     keys_at = k + positions.to(tl.int64)[:, None] * stride_s + dims[None, :] * stride_d
     keys = tl.load(keys_at, visible[:, None] & dim_inside[None, :], other=0.0).to(tl.float32)
 
-    count = tl.sum(visible.to(tl.int32), 0)
-    from_mean = keys - (tl.sum(keys, 0) / tl.maximum(count, 1))[None, :]
-    from_mean = tl.where(dim_inside[None, :], from_mean, 0.0)
-    distance = tl.where(visible, tl.sum(from_mean * from_mean, 1), -1.0)
+    rank, rest_mean, spread, count, rest_keys = split_keys(keys, visible, dim_inside, rows, SINGLES)
     head_row = (batch * tl.num_programs(1) + head).to(tl.int64)
-    rest = visible
-    for single in tl.static_range(SINGLES):
-        farthest = tl.argmax(distance, 0)
-        chosen = rows == farthest
-        key = tl.sum(tl.where(chosen[:, None], keys, 0.0), 0)  # keys out of sight were loaded as zeros
-        single_at = singles + ((head_row * SINGLES + single) * blocks + key_block) * D
-        tl.store(single_at + dims, key.to(singles.dtype.element_ty), dim_inside)
-        distance = tl.where(chosen, -2.0, distance)
-        rest &= ~chosen
-
-    rest_keys = tl.sum(rest.to(tl.int32), 0)
-    many = tl.maximum(rest_keys, 1)
-    rest_mean = tl.sum(tl.where(rest[:, None], keys, 0.0), 0) / many
-    deviation = tl.where(rest[:, None], keys - rest_mean[None, :], 0.0)
-    spread = tl.minimum(tl.sum(deviation * deviation, 0) / many, largest)
+    single_at = singles + ((head_row * SINGLES + rank) * blocks + key_block)[:, None] * D + dims[None, :]
+    tl.store(single_at, keys.to(singles.dtype.element_ty), (rank < SINGLES)[:, None] & dim_inside[None, :])
     rest_at = (head_row * blocks + key_block) * D + dims
     tl.store(mean + rest_at, rest_mean.to(mean.dtype.element_ty), dim_inside)
-    tl.store(variance + rest_at, spread.to(variance.dtype.element_ty), dim_inside)
+    tl.store(variance + rest_at, tl.minimum(spread, largest).to(variance.dtype.element_ty), dim_inside)
     if (head == 0) & (batch < MASKS):
         tl.store(single_count + batch * blocks + key_block, count - rest_keys)
         tl.store(rest_count + batch * blocks + key_block, rest_keys)

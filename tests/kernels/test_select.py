@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import Case, draw_masks, named, qkv
+from kernel_cases import RULE, Case, assert_lists_obey, draw_masks, named, qkv
 
-from sparsify.kernels import blocks, oracle, rule
+from sparsify.kernels import oracle
 from sparsify.kernels.select import estimated_peaks, select_blocks
 from tests.numerics import judge
 
@@ -37,7 +37,6 @@ LARGE = [
     Case(2, 4, 2, 900, 2900, 64, 64, None, padding=True, extras=("documents", "cap")),
     Case(2, 4, 4, 513, 2777, 128, 128, None, extras=("bias",)),
 ]
-RULE = {"sinks": 1, "local": 1}
 
 
 def reference(q, k, masks, singles, scale):
@@ -58,33 +57,6 @@ def check(rng, case, dtype, *, tolerance, max_density=1.0, singles=6, **changed)
 
     lists = select_blocks(q, k, **call, tolerance=tolerance, max_density=max_density, **RULE)
     assert_lists_obey(lists, exact, band, case, masks, tolerance, max_density)
-
-
-def assert_lists_obey(lists, exact, band, case, masks, tolerance, max_density):
-    device = exact.device
-    allowed = blocks.allowed_blocks(masks, case.L, case.S, device)
-    boundary = blocks.boundary_blocks(case.L, case.S, case.causal_offset, device)
-    forced = blocks.forced_blocks(allowed, boundary, **RULE)[:, None]
-    allowed = allowed[:, None].expand_as(exact)
-    kept = rule.unpack(lists, case.blocks)
-    # The layout: exactly what `pack` makes of the same set, which the even fill has already evened out.
-    repacked = rule.pack(kept, exact, allowed[:, 0])
-    assert torch.equal(lists.kept, repacked.kept) and torch.equal(lists.counts, repacked.counts)
-
-    surely = allowed & (forced | (exact >= tolerance + band))
-    maybe = allowed & (forced | (exact >= tolerance - band))
-    total = allowed.sum(-1, keepdim=True)
-    may_be_full = maybe.sum(-1, keepdim=True) > max_density * total
-    must_be_full = surely.sum(-1, keepdim=True) > max_density * total
-    assert not (surely & ~kept).any(), "a block above the tolerance was dropped"
-    assert not (must_be_full & allowed & ~kept).any(), "a row above max_density was not kept whole"
-    extra = kept & ~maybe
-    assert not (extra & ~allowed).any(), "a block was kept that no row may see"
-    number = extra.sum(-1, keepdim=True)
-    full = (kept == allowed).all(-1, keepdim=True) & may_be_full
-    assert ((number <= 1) | full).all(), "more was kept than the rule and the even fill explain"
-    best_left = torch.where(allowed & ~kept, exact, -1.0).amax(-1, keepdim=True)
-    assert ((exact >= best_left - 2 * band) | ~extra).all(), "the even fill is not the best block left"
 
 
 @pytest.mark.parametrize("case", [*SMALL, *MASKED], ids=str)
