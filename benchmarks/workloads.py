@@ -133,18 +133,19 @@ class Layer:
         contenders: dict[str, Call] = {
             "cudnn": partial(with_backend, SDPBackend.CUDNN_ATTENTION),
             "flash": partial(with_backend, SDPBackend.FLASH_ATTENTION),
-            "flex": _flex(q, k, v, self.scale),
         }
+        if self.length > 32768:  # flex and efficient are far behind by then, and slow to compile or large
+            return contenders
+        contenders["flex"] = _flex(q, k, v, self.scale)
         # The efficient kernel has no grouped heads: it reads repeated ones.
         group = self.workload.heads // self.workload.kv_heads
-        if self.length <= 32768:  # longer, it is far behind and the repeated heads are large
-            keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
 
-            def efficient() -> Tensor:
-                with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-                    return scaled_dot_product_attention(q, keys, values, is_causal=True, scale=self.scale)
+        def efficient() -> Tensor:
+            with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+                return scaled_dot_product_attention(q, keys, values, is_causal=True, scale=self.scale)
 
-            contenders["efficient"] = efficient
+        contenders["efficient"] = efficient
         return contenders
 
     def exact(self) -> Call:
