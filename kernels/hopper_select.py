@@ -16,8 +16,8 @@ Exponentials are two multiply-adds: scores become the bits of a bfloat16, that i
 (Schraudolph 1999, centred: within 3 % either way). They are relative to the edge blocks and not to a running maximum:
 between 2^-100 and 2^64 they are what they should be; a mass beyond that counts as 2^64 and its block is kept.
 
-One program per multiprocessor takes pairs of query blocks of a head. One warp loads summaries (TMA), two warpgroups
-weigh, two products in flight. Masses wait for the row sums in a scratch that stays in L2.
+Two programs a multiprocessor take query block after query block. In each one warp loads summaries (TMA) and a warpgroup
+weighs, two products in flight. Masses wait for the row sums in a scratch that stays in L2.
 
 Source: this project's own (ARCHITECTURE.md, "selection").
 """
@@ -46,15 +46,14 @@ from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E
 from sparsify.kernels.statistics import split_keys
 
-CHUNK = 64  # key blocks at once
+CHUNK = 32  # key blocks at once
 STAGES = 8  # tiles of summaries in flight
 SAMPLES, SPLITS = 512, 4  # keys of a head that the scale of e4m3 is taken from, and programs that share them
 LARGEST = 448.0  # of e4m3
 HEADROOM = 8.0  # a key beyond it is cut off there: it outweighs all others as it is
 LOWEST_EXPONENT, EXPONENTS = -100.0, 164.0
-PARTS = 2  # query blocks of a head that a program weighs at once, four warps each
-PROGRAMS_PER_MULTIPROCESSOR = 1
-REGISTERS = 168  # of 65536 for these warps and the four of the loader, which gives most of its share to the others
+PROGRAMS_PER_MULTIPROCESSOR = 2  # one fetches queries or adds up while the other multiplies
+REGISTERS = 128  # for 2 programs of 8 warps; the loader's four of them give most of their share to the others
 LOADER_REGISTERS = 24
 EDGE_STEP = 2  # edge blocks at once: the tile of tensor cores; a causal diagonal has two, or three
 
@@ -177,28 +176,17 @@ def _weigh_edges(q, k, centers, edges, stride_qb, stride_qh, stride_qs, stride_q
 
 
 @gluon.jit
-def _chunks_of(unit, units_of_head, heads, offset, L, S, key_blocks, PARTS: gl.constexpr, ROWS: gl.constexpr,
-               BLOCK: gl.constexpr, CHUNK: gl.constexpr):
-    """Chunks that a unit of PARTS query blocks of a head has to weigh. The last units of all heads come first."""
-    last = (units_of_head - 1 - unit // heads) * PARTS + PARTS - 1
-    upto, _ = _edges_of(last * ROWS, offset, L, S, key_blocks, ROWS, BLOCK)
-    if PARTS == 2:  # the last may lie past the end and see nothing
-        before, _ = _edges_of((last - 1) * ROWS, offset, L, S, key_blocks, ROWS, BLOCK)
-        upto = gl.maximum(upto, before)
-    return gl.cdiv(upto, CHUNK)
-
-
-@gluon.jit
-def _loader(vectors, tiles, full, empty, units_of_head, heads, H, GROUP, L, S, offset, key_blocks, room,
-            VECTORS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr,
-            BLOCK: gl.constexpr, CHUNK: gl.constexpr, D: gl.constexpr):
-    """Feed the warpgroups with the summaries of chunk after chunk."""
+def _loader(vectors, tiles, full, empty, query_blocks, heads, H, GROUP, L, S, offset, key_blocks, room,
+            VECTORS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+            CHUNK: gl.constexpr, D: gl.constexpr):
+    """Feed the warpgroup with the summaries of chunk after chunk."""
     step = 0
-    for unit in range(gl.program_id(0), units_of_head * heads, gl.num_programs(0)):
+    for unit in range(gl.program_id(0), query_blocks * heads, gl.num_programs(0)):
         head_row = unit % heads
         kv_row = (head_row // H) * (H // GROUP) + (head_row % H) // GROUP
-        chunks = _chunks_of(unit, units_of_head, heads, offset, L, S, key_blocks, PARTS, ROWS, BLOCK, CHUNK)
-        for chunk in range(0, chunks):
+        first_row = (query_blocks - 1 - unit // heads) * ROWS
+        first, _ = _edges_of(first_row, offset, L, S, key_blocks, ROWS, BLOCK)
+        for chunk in range(0, gl.cdiv(first, CHUNK)):
             for vector in gl.static_range(VECTORS):
                 stage = step % STAGES
                 mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -257,40 +245,38 @@ def _weighted(masses, weights):
 
 @gluon.jit
 def _weigher(q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, empty,
-             stride_qb, stride_qh, stride_qs, units_of_head, heads, query_blocks, key_blocks, H, GROUP, L, S, offset,
-             scale_log2, spread_log2, log2_count, VECTORS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
-             ROWS: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr, D: gl.constexpr, LOWEST: gl.constexpr,
+             stride_qb, stride_qh, stride_qs, heads, query_blocks, key_blocks, H, GROUP, L, S, offset,
+             scale_log2, spread_log2, log2_count, VECTORS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+             BLOCK: gl.constexpr, CHUNK: gl.constexpr, D: gl.constexpr, LOWEST: gl.constexpr,
              EXPONENTS: gl.constexpr):
-    """Weigh the query blocks of unit after unit, four warps each."""
-    WARPS: gl.constexpr = 4 * PARTS
-    UNIT: gl.constexpr = PARTS * ROWS
-    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CHUNK, 32])
+    """Weigh query block after query block. Those at the end of all heads come first: they are the long ones."""
+    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 32])
     product_rows: gl.constexpr = gl.SliceLayout(1, products)
-    query_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    query_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     query_rows: gl.constexpr = gl.SliceLayout(1, query_layout)
-    # A thread reads back from the scratch what it wrote itself: a pass over the rows divides a query block.
-    stored: gl.constexpr = gl.BlockedLayout([1, 8], [256 // CHUNK, CHUNK // 8], [WARPS, 1], [1, 0])
+    # Masses go to the scratch in whole lines; a thread reads back what it wrote itself.
+    stored: gl.constexpr = gl.BlockedLayout([1, 8], [256 // CHUNK, CHUNK // 8], [4, 1], [1, 0])
     stored_rows: gl.constexpr = gl.SliceLayout(1, stored)
-    zero = gl.zeros([UNIT, CHUNK], gl.float32, products)
+    zero = gl.zeros([ROWS, CHUNK], gl.float32, products)
     columns = gl.arange(0, CHUNK, gl.SliceLayout(0, products))
-    local_rows = gl.arange(0, UNIT, product_rows)
-    query_local = gl.arange(0, UNIT, query_rows)
+    local_rows = gl.arange(0, ROWS, product_rows)
+    query_local = gl.arange(0, ROWS, query_rows)
     dims = gl.arange(0, D, gl.SliceLayout(0, query_layout))
     out_columns = gl.arange(0, CHUNK, gl.SliceLayout(0, stored))
-    unit_at = gl.arange(0, UNIT, stored_rows)[:, None] * CHUNK + out_columns[None, :]
-    part_at = gl.arange(0, ROWS, stored_rows)[:, None] * CHUNK + out_columns[None, :]
+    scratch_at = gl.arange(0, ROWS, stored_rows)[:, None] * CHUNK + out_columns[None, :]
     q_tile = query_tiles.index(0)
     squares_tile = query_tiles.index(1)
 
     step = 0
-    for unit in range(gl.program_id(0), units_of_head * heads, gl.num_programs(0)):
+    for unit in range(gl.program_id(0), query_blocks * heads, gl.num_programs(0)):
         head_row = unit % heads
         batch = head_row // H
         head = head_row % H
         kv_row = batch * (H // GROUP) + head // GROUP
-        query_block = (units_of_head - 1 - unit // heads) * PARTS
+        query_block = query_blocks - 1 - unit // heads
         first_row = query_block * ROWS
-        chunks = _chunks_of(unit, units_of_head, heads, offset, L, S, key_blocks, PARTS, ROWS, BLOCK, CHUNK)
+        first, allowed = _edges_of(first_row, offset, L, S, key_blocks, ROWS, BLOCK)
+        chunks = gl.cdiv(first, CHUNK)
 
         query_at = (q + batch.to(gl.int64) * stride_qb + head.to(gl.int64) * stride_qh
                     + (first_row + query_local).to(gl.int64)[:, None] * stride_qs + dims[None, :])
@@ -313,15 +299,7 @@ def _weigher(q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, 
         start = (-edge - LOWEST) * (1.0 / EXPONENTS)
         spread_unit = row_unit * row_unit * (gl.load(units_of_keys + kv_row * 2 + 1) * spread_log2 * 256.0)
         rest_start = start + log2_count * (1.0 / EXPONENTS)
-        first, allowed = _edges_of(first_row, offset, L, S, key_blocks, ROWS, BLOCK)
-        whole = first
-        ends = first
-        total = gl.where(local_rows >= 0, gl.where(allowed > first, 1.0, 0.0), 0.0)
-        if PARTS == 2:
-            later, later_allowed = _edges_of(first_row + ROWS, offset, L, S, key_blocks, ROWS, BLOCK)
-            whole = gl.minimum(first, later)
-            ends = gl.where(local_rows < ROWS, first, later)[:, None]
-            total = gl.where(local_rows < ROWS, total, gl.where(later_allowed > later, 1.0, 0.0))
+        total = gl.where(allowed > first, 1.0, 0.0) + gl.zeros([ROWS], gl.float32, product_rows)
 
         for chunk in range(0, chunks):
             spread = _product(squares_tile, tiles, full, step, zero, STAGES)
@@ -350,65 +328,48 @@ def _weigher(q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, 
                 mbarrier.arrive(empty.index((step + 2 + single) % STAGES), count=1)
                 masses = _add_exponentials(masses, now, slope[:, None], start[:, None])
             step += VECTORS
-            if (chunk + 1) * CHUNK > whole:
-                masses = gl.where((chunk * CHUNK + columns)[None, :] < ends, masses, gl.zeros_like(masses))
+            if (chunk + 1) * CHUNK > first:
+                masses = gl.where((chunk * CHUNK + columns < first)[None, :], masses, gl.zeros_like(masses))
             total += gl.sum(masses.to(gl.float32), 1)
-            gl.store(scratch + chunk * (UNIT * CHUNK) + unit_at, gl.convert_layout(masses, stored))
+            gl.store(scratch + chunk * (ROWS * CHUNK) + scratch_at, gl.convert_layout(masses, stored))
 
         # A mass cut off at 2^64 may be any share: it counts as all.
         weights = gl.where(sees & (total > 0.0), 1.0 / gl.minimum(total, 1.8446744e19), 0.0)
-        if PARTS == 1:
-            _write_peaks(peaks, scratch, weights, head_row, query_block, query_blocks, key_blocks, chunks, first,
-                         allowed, part_at, out_columns, UNIT, CHUNK, stored_rows)
-        else:
-            early, late = gl.split(gl.permute(gl.reshape(weights, [2, ROWS]), [1, 0]))
-            _write_peaks(peaks, scratch, early, head_row, query_block, query_blocks, key_blocks, chunks, first,
-                         allowed, part_at, out_columns, UNIT, CHUNK, stored_rows)
-            if query_block + 1 < query_blocks:
-                _write_peaks(peaks, scratch + ROWS * CHUNK, late, head_row, query_block + 1, query_blocks,
-                             key_blocks, chunks, later, later_allowed, part_at, out_columns, UNIT, CHUNK, stored_rows)
+        weights = gl.convert_layout(weights, stored_rows).to(gl.bfloat16)[:, None]
+        out = peaks + (head_row * query_blocks + query_block).to(gl.int64) * key_blocks
+        ahead_masses = gl.load(scratch + scratch_at)
+        for chunk in range(0, chunks):
+            masses = ahead_masses
+            ahead_masses = gl.load(scratch + gl.minimum(chunk + 1, chunks - 1) * (ROWS * CHUNK) + scratch_at)
+            blocks = chunk * CHUNK + out_columns
+            gl.store(out + blocks, gl.max(_weighted(masses, weights), 0).to(gl.float32), blocks < first)
+        for chunk in range(first // CHUNK, gl.cdiv(key_blocks, CHUNK)):
+            blocks = chunk * CHUNK + out_columns
+            gl.store(out + blocks, gl.where(blocks < allowed, 1.0, 0.0), (blocks >= first) & (blocks < key_blocks))
 
 
-@gluon.jit
-def _write_peaks(peaks, scratch, weights, head_row, query_block, query_blocks, key_blocks, chunks, first, allowed,
-                 part_at, columns, UNIT: gl.constexpr, CHUNK: gl.constexpr, stored_rows: gl.constexpr):
-    """From the masses of a query block and the weights of its rows to its row of peaks."""
-    weights = gl.convert_layout(weights, stored_rows).to(gl.bfloat16)[:, None]
-    out = peaks + (head_row * query_blocks + query_block).to(gl.int64) * key_blocks
-    ahead = gl.load(scratch + part_at)
-    for chunk in range(0, chunks):
-        masses = ahead
-        ahead = gl.load(scratch + gl.minimum(chunk + 1, chunks - 1) * (UNIT * CHUNK) + part_at)
-        blocks = chunk * CHUNK + columns
-        gl.store(out + blocks, gl.max(_weighted(masses, weights), 0).to(gl.float32), blocks < first)
-    for chunk in range(first // CHUNK, gl.cdiv(key_blocks, CHUNK)):
-        blocks = chunk * CHUNK + columns
-        gl.store(out + blocks, gl.where(blocks < allowed, 1.0, 0.0), (blocks >= first) & (blocks < key_blocks))
-
-
-@gluon.jit(do_not_specialize=["units_of_head", "heads", "query_blocks", "key_blocks", "room", "H", "GROUP", "L", "S",
-                              "offset"])
-def _estimate_peaks(q, vectors, edges, units_of_keys, peaks, scratch, stride_qb, stride_qh, stride_qs, units_of_head,
-                    heads, query_blocks, key_blocks, room, H, GROUP, L, S, offset, scale_log2, spread_log2, log2_count,
-                    VECTORS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr,
-                    BLOCK: gl.constexpr, CHUNK: gl.constexpr, D: gl.constexpr, LOWEST: gl.constexpr,
-                    EXPONENTS: gl.constexpr, LOADER_REGISTERS: gl.constexpr):
+@gluon.jit(do_not_specialize=["heads", "query_blocks", "key_blocks", "room", "H", "GROUP", "L", "S", "offset"])
+def _estimate_peaks(q, vectors, edges, units_of_keys, peaks, scratch, stride_qb, stride_qh, stride_qs, heads,
+                    query_blocks, key_blocks, room, H, GROUP, L, S, offset, scale_log2, spread_log2, log2_count,
+                    VECTORS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+                    CHUNK: gl.constexpr, D: gl.constexpr, LOWEST: gl.constexpr, EXPONENTS: gl.constexpr,
+                    LOADER_REGISTERS: gl.constexpr):
     small: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, D], gl.float8e4nv)
-    large: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PARTS * ROWS, D], gl.float8e4nv)
-    query_tiles = gl.allocate_shared_memory(gl.float8e4nv, [2, PARTS * ROWS, D], large)
+    large: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], gl.float8e4nv)
+    query_tiles = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, D], large)
     tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, CHUNK, D], small)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    scratch += gl.program_id(0).to(gl.int64) * gl.cdiv(key_blocks, CHUNK) * (PARTS * ROWS * CHUNK)
+    scratch += gl.program_id(0).to(gl.int64) * gl.cdiv(key_blocks, CHUNK) * (ROWS * CHUNK)
     gl.warp_specialize([
         (_weigher, (q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, empty, stride_qb, stride_qh,
-                    stride_qs, units_of_head, heads, query_blocks, key_blocks, H, GROUP, L, S, offset, scale_log2,
-                    spread_log2, log2_count, VECTORS, STAGES, PARTS, ROWS, BLOCK, CHUNK, D, LOWEST, EXPONENTS)),
-        (_loader, (vectors, tiles, full, empty, units_of_head, heads, H, GROUP, L, S, offset, key_blocks, room,
-                   VECTORS, STAGES, PARTS, ROWS, BLOCK, CHUNK, D)),
+                    stride_qs, heads, query_blocks, key_blocks, H, GROUP, L, S, offset, scale_log2, spread_log2,
+                    log2_count, VECTORS, STAGES, ROWS, BLOCK, CHUNK, D, LOWEST, EXPONENTS)),
+        (_loader, (vectors, tiles, full, empty, query_blocks, heads, H, GROUP, L, S, offset, key_blocks, room, VECTORS,
+                   STAGES, ROWS, BLOCK, CHUNK, D)),
     ], [1], [LOADER_REGISTERS])
 
 
@@ -425,10 +386,9 @@ def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles
     parts, centers, units = new(kv_heads, SPLITS, 3, D), new(kv_heads, D), new(kv_heads, 2)
     vectors = new(kv_heads * (singles + 2) * room, D, dtype=torch.float8_e4m3fn)
     edges, peaks = new(B, H, L), new(B, H, query_blocks, key_blocks)
-    units_of_head = count_blocks(query_blocks, PARTS)
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    programs = min(units_of_head * heads, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
-    scratch = new(programs, room * PARTS * QUERY_BLOCK, dtype=torch.bfloat16)
+    programs = min(query_blocks * heads, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
+    scratch = new(programs, room * QUERY_BLOCK, dtype=torch.bfloat16)
 
     _sample_keys[(SPLITS, kv_heads)](k, parts, *k.stride(), S, Hkv, count_blocks(S, SAMPLES), BLOCK=KEY_BLOCK, D=D,
                                      num_warps=8)
@@ -441,10 +401,10 @@ def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles
     layout = gl.NVMMASharedLayout.get_default_for([CHUNK, D], gl.float8e4nv)
     _estimate_peaks[(programs,)](
         q, TensorDescriptor.from_tensor(vectors, [CHUNK, D], layout), edges, units, peaks, scratch, *q.stride()[:3],
-        units_of_head, heads, query_blocks, key_blocks, room, H, H // Hkv, L, S, offset, scale * LOG2_E,
-        scale * scale * LOG2_E, math.log2(KEY_BLOCK - singles), VECTORS=singles + 2, STAGES=STAGES, PARTS=PARTS,
-        ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=CHUNK, D=D, LOWEST=LOWEST_EXPONENT, EXPONENTS=EXPONENTS,
-        LOADER_REGISTERS=LOADER_REGISTERS, num_warps=4 * PARTS, maxnreg=REGISTERS)
+        heads, query_blocks, key_blocks, room, H, H // Hkv, L, S, offset, scale * LOG2_E,
+        scale * scale * LOG2_E, math.log2(KEY_BLOCK - singles), VECTORS=singles + 2, STAGES=STAGES, ROWS=QUERY_BLOCK,
+        BLOCK=KEY_BLOCK, CHUNK=CHUNK, D=D, LOWEST=LOWEST_EXPONENT, EXPONENTS=EXPONENTS,
+        LOADER_REGISTERS=LOADER_REGISTERS, num_warps=4, maxnreg=REGISTERS)
     return peaks
 
 

@@ -382,7 +382,7 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
     S = k.shape[2]
     kinds = single_count = rest_count = None
     count_stride = 0
-    if _runs_on_hopper(q, k, masks, singles):
+    if runs_on_hopper(q, k, masks, singles):
         from sparsify.kernels import hopper_select  # Gluon: not for Triton's interpreter
 
         peaks = hopper_select.estimated_peaks(q, k, scale=scale, masks=masks, singles=singles)
@@ -403,7 +403,8 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
     return KeptLists(kept, counts)
 
 
-def _runs_on_hopper(q: Tensor, k: Tensor, masks: Masks, singles: int) -> bool:
+def runs_on_hopper(q: Tensor, k: Tensor, masks: Masks, singles: int) -> bool:
+    """Whether selection takes its peaks from hopper_select.py."""
     if not q.is_cuda:
         return False
     from sparsify.kernels import hopper_select

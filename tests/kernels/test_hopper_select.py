@@ -25,8 +25,11 @@ BAND = 0.15
 
 def rounded(x: Tensor, largest: Tensor) -> Tensor:
     """x in e4m3 on a scale where `largest` is 448."""
-    unit = 448 / largest
-    return (x * unit).clamp(-448, 448).float().to(torch.float8_e4m3fn).to(x.dtype) / unit
+    return e4m3(x * (448 / largest)) / (448 / largest)
+
+
+def e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-448, 448).float().to(torch.float8_e4m3fn).to(x.dtype)
 
 
 def eight_bit_peaks(q: Tensor, k: Tensor, masks: Masks, singles: int, scale: float) -> Tensor:
@@ -41,9 +44,9 @@ def eight_bit_peaks(q: Tensor, k: Tensor, masks: Masks, singles: int, scale: flo
     mean = rounded(summaries.mean.double() - center, reach)
     single = rounded(summaries.singles.double() - center[:, :, None], reach[..., None])
     variance = rounded(summaries.variance.double(), spread_bound)
-    largest = q.abs().amax(-1, keepdim=True)
-    q8 = rounded(q / largest, torch.ones_like(largest)) * largest * scale
-    squares = rounded((q / largest).square(), torch.ones_like(largest)) * (largest * scale).square()
+    power = torch.exp2(q.abs().amax(-1, keepdim=True).log2().floor())  # queries come in powers of two
+    q8 = e4m3(q * 128 / power) * power / 128 * scale
+    squares = e4m3((q * 8 / power).square()) * (power / 8 * scale).square()
 
     def of_heads(x: Tensor) -> Tensor:
         return x.repeat_interleave(group, 1).mT

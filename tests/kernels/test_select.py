@@ -7,7 +7,7 @@ import torch
 from kernel_cases import RULE, Case, assert_lists_obey, draw_masks, named, qkv
 
 from sparsify.kernels import oracle
-from sparsify.kernels.select import estimated_peaks, select_blocks
+from sparsify.kernels.select import estimated_peaks, runs_on_hopper, select_blocks
 from tests.numerics import judge
 
 SMALL = [
@@ -55,6 +55,8 @@ def check(rng, case, dtype, *, tolerance, max_density=1.0, singles=6, **changed)
     error, band = judge(peaks.to(dtype), plain.to(dtype), exact, units=16)
     assert error <= band, f"peaks: error {error:.3g}, allowed {band:.3g}"
 
+    if runs_on_hopper(q, k, masks, singles):  # in eight bits: test_hopper_select.py
+        return
     lists = select_blocks(q, k, **call, tolerance=tolerance, max_density=max_density, **RULE)
     assert_lists_obey(lists, exact, band, case, masks, tolerance, max_density)
 
