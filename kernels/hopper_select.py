@@ -156,7 +156,7 @@ def _weigh_edges(q, k, centers, edges, stride_qb, stride_qh, stride_qs, stride_q
     moved = tl.sum(query.to(tl.float32) * center[None, :], 1) * scale_log2
 
     first, allowed = _edges_of(first_row, offset, L, S, key_blocks, ROWS, BLOCK)
-    beside = tl.minimum((first_row * (S // BLOCK)) // L, S // BLOCK - 1)
+    beside = query_block * (S // BLOCK) // query_blocks
     last = tl.where(first < allowed, allowed, tl.minimum(beside + 1, allowed))
     first = tl.where(first < allowed, first, tl.minimum(beside, allowed))
     last_key = tl.minimum(rows + offset, S - 1)
