@@ -22,7 +22,7 @@ from torch.backends.cuda import (
 )
 
 from sparsify.kernels import composite, native
-from sparsify.kernels.blocks import QUERY_BLOCK, allowed_blocks
+from sparsify.kernels.blocks import QUERY_BLOCK, KeptLists, allowed_blocks
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.rule import every_block
 from sparsify.ops.lists import attend_lists, has_kernels
@@ -33,8 +33,7 @@ aten = torch.ops.aten
 def run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tensor:
     """Attention by the kernel of this name, one of `kernels_of` the call; laid out as the fakes promise."""
     if name == "lists":
-        allowed = allowed_blocks(masks, q.shape[2], k.shape[2], q.device)
-        return attend_lists(q, k, v, *every_block(allowed, *q.shape[:2]), scale, masks)[0]
+        return attend_lists(q, k, v, *_every_block(q, k, masks), scale, masks)[0]
     if name == "composite":
         return composite.attention(q, k, v, scale=scale, masks=masks)
     if name == "sdpa":
@@ -75,6 +74,15 @@ def can_run(name: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> bool:
     if name == "lists":
         return has_kernels(q, v) if q.is_cuda else q.shape[2] >= QUERY_BLOCK and native.why_not(q) is None
     return name == "composite" or (name == "sdpa" and masks.reshapes_nothing)
+
+
+def _every_block(q: Tensor, k: Tensor, masks: Masks) -> KeptLists:
+    if q.is_cuda:
+        from sparsify.kernels import every  # Triton: imported when a CUDA op runs, not before
+
+        if every.covers(masks):
+            return every.every_block(q, k.shape[2], masks)
+    return every_block(allowed_blocks(masks, q.shape[2], k.shape[2], q.device), *q.shape[:2])
 
 
 def _is_for_sdpa(q: Tensor, k: Tensor, masks: Masks) -> bool:
