@@ -102,11 +102,17 @@ class Times:
         """
         if self.selection is None or not self.attention:
             return None
+        host = self.selection.host + max(time.host for time in self.attention.values())
+        return 0.0 if HOST_FACTOR * host > self.dense else self.break_even_in_graph
+
+    @property
+    def break_even_in_graph(self) -> float | None:
+        """`break_even` by the device's times alone: a CUDA graph needs no host to launch its kernels."""
+        if self.selection is None or not self.attention:
+            return None
         points = dict(self.attention)
         if "lists" in self.exact:  # all blocks; what making the lists costs is in it, so it errs to the safe side
             points[1.0] = self.exact["lists"]
-        if HOST_FACTOR * (self.selection.host + max(time.host for time in self.attention.values())) > self.dense:
-            return 0.0
         left, reached, least = GAIN * self.dense - self.selection.device, 0.0, 0.0
         for density, time in sorted(points.items()):
             if time.device > left:  # linear between two points; below the first, forced blocks leave no room
@@ -148,6 +154,7 @@ class Table:
         self.times: dict[tuple[ShapeClass, int], Times] = {}
         self.kernels: dict[ShapeClass, str] = {}
         self.break_evens: dict[tuple[ShapeClass, int], float] = {}
+        self.break_evens_in_graph: dict[tuple[ShapeClass, int], float] = {}
         self._nearest: dict[tuple[ShapeClass, int | None], Times | None] = {}
         for found, times in _records(path):
             if found == self.fingerprint:
@@ -189,8 +196,9 @@ class Table:
         self._nearest.clear()
         self.times[times.shape, times.singles] = times
         self.kernels[times.shape] = times.kernel
-        if times.break_even is not None:
+        if times.break_even is not None and times.break_even_in_graph is not None:
             self.break_evens[times.shape, times.singles] = times.break_even
+            self.break_evens_in_graph[times.shape, times.singles] = times.break_even_in_graph
 
 
 def lower_end(size: int) -> int:

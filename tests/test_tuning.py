@@ -120,6 +120,7 @@ def test_sparse_never_pays_where_its_launches_take_longer_than_dense():
     slow = Times(given.shape, given.exact, 6, Time(1e-4, 5e-4), {d: Time(t.device, 3e-4) for d, t in
                                                                  given.attention.items()})
     assert slow.break_even == 0.0
+    assert slow.break_even_in_graph == given.break_even > 0.0  # a CUDA graph launches them itself
     assert Times(SHAPE, {"sdpa": Time(1.0, 0.0)}).break_even is None
 
 
