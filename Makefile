@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: bench test test-slow test-gpu lint clean help
+.PHONY: bench bench-gpu sanitize test test-slow test-gpu lint clean help
 
 help:
 	@echo "make bench      measure the shipped model before and after: report.json, report.md"
+	@echo "make bench-gpu  every kernel benchmark that needs a CUDA device, about 20 minutes: benchmarks/results"
+	@echo "make sanitize   compute-sanitizer over a small suite of the kernel tests, on a CUDA device"
 	@echo "make test       the tests that need neither a GPU nor minutes"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA device"
@@ -16,6 +18,15 @@ help:
 
 bench: $(READY)
 	@$(BIN)/sparsify bench
+
+bench-gpu: $(READY)
+	@$(BIN)/python -m benchmarks.run cuda
+	@$(BIN)/python -m benchmarks.crossover
+	@$(BIN)/python -m benchmarks.graphs
+	@$(BIN)/python -m benchmarks.profile_call
+
+sanitize: $(READY)
+	@$(BIN)/python -m benchmarks.sanitize
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import write_json
 from sparsify.measurement import checkout_commit
 
 FILE = Path(__file__).with_name("figures.json")
@@ -50,7 +51,7 @@ def record(*figures: Figure) -> None:
         verdict = "met   " if figure.met else "MISSED"
         print(f"{verdict} {figure.figure}: {figure.value:.4g} {figure.unit} ({figure.bar})")
     ordered = [entries[key] for key in sorted(entries)]
-    FILE.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    write_json(FILE, ordered)
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, str]:
