@@ -1,112 +1,24 @@
 // Block-sparse attention and its selection on a CPU, in float32. Loaded by native.py, which holds the shapes.
 //
-// Query rows lie along the vector lanes: a query block is transposed once, then every product reads keys, values and
-// summaries in place as broadcast scalars (no packing, no copies), and softmax over keys is vertical arithmetic, with
-// no reduction across lanes. Work items are claimed from one atomic counter by as many threads as call in.
+// Query rows lie along the vector lanes, one strip of a query block at a time: what a strip needs of scores and weights
+// stays in the first-level cache. products.h has the products. Exponentials are powers of two, relative to a reference
+// per row that is raised only when scores have grown far beyond it. Work items are claimed from one atomic counter by
+// as many threads as call in.
 //
-// Source: online softmax over blocks as in FlashAttention (arXiv 2205.14135); the register tile is the usual outer
-// product (Goto and van de Geijn, 2008); exp is Cephes' polynomial.
+// Source: online softmax over blocks as in FlashAttention (arXiv 2205.14135); raising the reference late as in
+// FlashAttention-4.
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
 #include <vector>
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, COLUMNS = 4;  // 4 x 4 accumulators of the 32 registers
-#elif defined(__AVX__)
-constexpr int LANES = 8, COLUMNS = 2;
-#else
-constexpr int LANES = 4, COLUMNS = 4;
-#endif
-constexpr int ROWS = 128;  // query block
-constexpr int KEYS = 64;   // key block
-constexpr int VECTORS = ROWS / LANES;
-constexpr int TALL = 4;    // rows of A per register tile
+#include "products.h"
+
 constexpr uint8_t HIDDEN = 0, WHOLE = 1;  // kinds of blocks; what is neither is seen in part
-constexpr float NONE = -std::numeric_limits<float>::infinity();
-
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), may_alias));
-typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(int32_t)), may_alias));
-
-struct Buffer {  // vectors on cache-line boundaries
-    vec* data;
-    explicit Buffer(int64_t count) : data((vec*)std::aligned_alloc(64, (count * sizeof(vec) + 63) / 64 * 64)) {}
-    ~Buffer() { std::free(data); }
-    Buffer(const Buffer&) = delete;
-    operator vec*() { return data; }
-};
-
-static inline vec splat(float x) { return x - vec{}; }
-static inline vec maximum(vec a, vec b) { return a > b ? a : b; }
-
-static inline vec exponential(vec x) {  // for x <= 0; 0 below -87, the smallest normal number; NaN stays NaN
-    vec z = x * 1.44269504088896341f;
-    vec shifted = z + 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer
-    vec n = shifted - 12582912.0f;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    vec y = p * r * r + r + 1.0f;
-    ivec bits = (ivec)y + (((ivec)shifted - 0x4b400000) << 23);
-    return x < -87.0f ? vec{} : x == x ? (vec)bits : x;
-}
-
-static inline vec hyperbolic_tangent(vec x) {
-    vec size = x < 0.0f ? -x : x, z = x * x;
-    vec p = splat(-5.70498872745e-3f);  // Cephes below 0.625: 1 - 2 / (exp + 1) would cancel there
-    p = p * z + 2.06390887954e-2f;
-    p = p * z - 5.37397155531e-2f;
-    p = p * z + 1.33314422036e-1f;
-    p = p * z - 3.33332819422e-1f;
-    vec small = p * z * x + x;
-    vec e = exponential(-2.0f * size);
-    vec large = (1.0f - e) / (1.0f + e);
-    return size < 0.625f ? small : x < 0.0f ? -large : large;
-}
-
-// C[M][ROWS] = A[M][K] B[K][ROWS], or += with ADD; element (i, p) of A is a[i * row + p * column].
-template <bool ADD, int M>
-static inline void tile_product(const float* a, int64_t row, int64_t column, const vec* b, vec* c, int K) {
-    for (int first = 0; first < VECTORS; first += COLUMNS) {
-        vec sum[M][COLUMNS];
-#pragma GCC unroll 8
-        for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-            for (int j = 0; j < COLUMNS; j++) sum[i][j] = ADD ? c[i * VECTORS + first + j] : vec{};
-        const vec* from = b + first;
-        for (int p = 0; p < K; p++, from += VECTORS) {
-            vec columns[COLUMNS];
-#pragma GCC unroll 8
-            for (int j = 0; j < COLUMNS; j++) columns[j] = from[j];
-#pragma GCC unroll 8
-            for (int i = 0; i < M; i++) {
-                vec x = splat(a[i * row + p * column]);
-#pragma GCC unroll 8
-                for (int j = 0; j < COLUMNS; j++) sum[i][j] += x * columns[j];
-            }
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-            for (int j = 0; j < COLUMNS; j++) c[i * VECTORS + first + j] = sum[i][j];
-    }
-}
-
-template <bool ADD>
-static void product(const float* a, int64_t row, int64_t column, const vec* b, vec* c, int M, int K) {
-    int i = 0;
-    for (; i + TALL <= M; i += TALL) tile_product<ADD, TALL>(a + i * row, row, column, b, c + i * VECTORS, K);
-    for (; i < M; i++) tile_product<ADD, 1>(a + i * row, row, column, b, c + i * VECTORS, K);
-}
+constexpr float LOWEST = -1e38f;          // reference of a row that has seen nothing yet: -inf - LOWEST is no NaN
+constexpr float SLACK = 32;               // binary orders by which a score may exceed the reference
+constexpr float LIMIT = 0x1p40f;          // the same, where it is seen by the sum of a block's exponentials
+constexpr float LARGEST = 3.3e38f;        // variance: an infinite one times 0 is NaN
 
 struct Tensor {  // [batch, heads, length, dim], the last dimension dense
     float* data;
@@ -130,8 +42,7 @@ struct Mask {  // [batch, heads, q_len, kv_len], added to scores
 struct Problem {
     Tensor q, k, v, out;
     float* lse;          // [B, H, q_len]
-    float* vectors;      // [B, Hkv, key blocks, singles + 1, D]: the singles, then the mean of the rest
-    float* variance;     // [B, Hkv, key blocks, D]
+    float* summaries;    // [B, Hkv, summary_floats]
     int32_t* alone;      // [B, Hkv, key blocks]: singles that are real keys
     int32_t* rest;       // [B, Hkv, key blocks]: keys behind the mean
     float* peaks;        // [B, H, query blocks, key blocks]
@@ -153,61 +64,65 @@ struct Problem {
     int64_t key_blocks() const { return (kv_len + KEYS - 1) / KEYS; }
 };
 
-// `rows` rows of a tensor, side by side: heads that are interleaved in memory lie a power of two apart, and 64 rows of
-// one head would share a few sets of the first-level cache.
-static const float* side_by_side(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim,
-                                 float* copy) {
-    if (x.row == dim) return x.at(b, h, first);
-    for (int64_t r = 0; r < rows; r++) std::memcpy(copy + r * dim, x.at(b, h, first + r), dim * sizeof(float));
-    return copy;
-}
-
-// q of one query block as [dim][ROWS], scaled; rows past the end are zero.
-static void transpose_queries(const Problem& P, int64_t b, int64_t h, int64_t tile, vec* queries) {
-    float* to = (float*)queries;
-    int64_t rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
-    if (rows < ROWS) std::memset(to, 0, P.dim * ROWS * sizeof(float));
-    for (int64_t r = 0; r < rows; r++) {
-        const float* from = P.q.at(b, h, tile * ROWS + r);
-        for (int64_t d = 0; d < P.dim; d++) to[d * ROWS + r] = from[d] * P.scale;
+// q of one query block, scaled, as the B of products, strip by strip; and where `squares` is given, its squares.
+static void pack_queries(const Problem& P, int64_t b, int64_t h, int64_t tile, vec* scratch, vec* queries,
+                         vec* squares) {
+    int64_t size = right_size(P.dim);
+    for (int64_t first = tile * ROWS; first < std::min(P.q_len, (tile + 1) * ROWS); first += WIDE) {
+        for (int j = 0; j < W; j++) {
+            int64_t row = first + j * LANES;
+            transpose_rows(P.q.at(b, h, row), P.q.row, P.q_len - row, P.dim, scratch + j, W);
+        }
+        for (int64_t i = 0; i < P.dim * W; i++) scratch[i] *= P.scale;
+        right_of(scratch, P.dim, queries);
+        queries += size;
+        if (!squares) continue;
+        for (int64_t i = 0; i < P.dim * W; i++) scratch[i] *= scratch[i];
+        right_of(scratch, P.dim, squares);
+        squares += size;
     }
 }
 
-// Hide from `scores` [KEYS][ROWS] of key block j what the rows of query block `tile` may not see.
-static void hide(const Problem& P, const uint8_t* shown, int64_t tile, int64_t j, vec* scores) {
+// Whether causality hides key block j from all rows of the strip that begins at row `first`.
+static bool unseen(const Problem& P, int64_t first, int64_t j) {
+    return P.causal && j * KEYS > std::min(P.q_len, first + WIDE) - 1 + P.causal_offset;
+}
+
+static bool needs_hiding(const Problem& P, const uint8_t* shown, int64_t first, int64_t j) {
+    return shown || (j + 1) * KEYS > P.kv_len || (P.causal && j * KEYS + KEYS - 1 > first + P.causal_offset);
+}
+
+// Hide from `scores` [KEYS][WIDE] of key block j what the strip that begins at row `first` may not see.
+static void hide(const Problem& P, const uint8_t* shown, int64_t first, int64_t j, vec* scores) {
     for (int key = 0; key < KEYS; key++) {
         int64_t position = j * KEYS + key;
-        float* s = (float*)(scores + key * VECTORS);
+        float* s = (float*)(scores + key * W);
         int64_t from = 0;  // first row that sees the key
-        if (position >= P.kv_len || (shown && !shown[position])) from = ROWS;
-        else if (P.causal) from = std::min<int64_t>(ROWS, std::max<int64_t>(0, position - P.causal_offset - tile * ROWS));
+        if (position >= P.kv_len || (shown && !shown[position])) from = WIDE;
+        else if (P.causal) from = std::min<int64_t>(WIDE, std::max<int64_t>(0, position - P.causal_offset - first));
         for (int64_t r = 0; r < from; r++) s[r] = NONE;
     }
-}
-
-static bool needs_hiding(const Problem& P, const uint8_t* shown, int64_t tile, int64_t j) {
-    return shown || (j + 1) * KEYS > P.kv_len || (P.causal && j * KEYS + KEYS - 1 > tile * ROWS + P.causal_offset);
 }
 
 // The same where masks are not plain: all that hides a key but the mask tensor.
-static void hide_all(const Problem& P, int64_t b, int64_t tile, int64_t j, bool cut, vec* scores) {
+static void hide_all(const Problem& P, int64_t b, int64_t first, int64_t j, bool cut, vec* scores) {
     const uint8_t* shown = P.shown.at(b);
     const int64_t *rows = P.query_documents.at(b), *keys = P.key_documents.at(b);
-    int64_t count = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
+    int64_t count = std::min<int64_t>(WIDE, P.q_len - first);
     for (int key = 0; key < KEYS; key++) {
         int64_t position = j * KEYS + key;
-        float* s = (float*)(scores + key * VECTORS);
+        float* s = (float*)(scores + key * W);
         bool exists = position < P.kv_len && (!shown || shown[position]);
-        int64_t from = exists ? 0 : ROWS, until = ROWS;  // rows that see the key
+        int64_t from = exists ? 0 : WIDE, until = WIDE;  // rows that see the key
         if (exists && P.causal && cut) {
-            int64_t first = position - P.causal_offset - tile * ROWS;
-            from = std::min<int64_t>(ROWS, std::max<int64_t>(0, first));
-            if (P.windowed) until = std::min<int64_t>(ROWS, std::max<int64_t>(0, first + P.window));
+            int64_t seen = position - P.causal_offset - first;
+            from = std::min<int64_t>(WIDE, std::max<int64_t>(0, seen));
+            if (P.windowed) until = std::min<int64_t>(WIDE, std::max<int64_t>(0, seen + P.window));
         }
         for (int64_t r = 0; r < from; r++) s[r] = NONE;
-        for (int64_t r = until; r < ROWS; r++) s[r] = NONE;
+        for (int64_t r = until; r < WIDE; r++) s[r] = NONE;
         if (exists && rows && cut)
-            for (int64_t r = 0; r < count; r++) s[r] = rows[tile * ROWS + r] == keys[position] ? s[r] : NONE;
+            for (int64_t r = 0; r < count; r++) s[r] = rows[first + r] == keys[position] ? s[r] : NONE;
     }
 }
 
@@ -231,28 +146,28 @@ static void add_mask(const Mask& mask, int64_t b, int64_t h, int64_t first, int6
     if (mask.row == 0) {
         for (int key = 0; key < keys; key++) {
             vec x = splat(added(from[key * mask.key]));
-            for (int j = 0; j < VECTORS; j++) scores[key * VECTORS + j] += x;
+            for (int j = 0; j < W; j++) scores[key * W + j] += x;
         }
         return;
     }
     float* s = (float*)scores;
     for (int64_t r = 0; r < rows; r++) {
         const T* row = from + (first + r) * mask.row;
-        for (int key = 0; key < keys; key++) s[key * ROWS + r] += added(row[key * mask.key]);
+        for (int key = 0; key < keys; key++) s[key * WIDE + r] += added(row[key * mask.key]);
     }
 }
 
-// From scaled products [KEYS][ROWS] of key block j to scores, where masks are not plain.
-static void finish_scores(const Problem& P, int64_t b, int64_t h, int64_t tile, int64_t j, vec* scores) {
-    int64_t keys = std::min<int64_t>(KEYS, P.kv_len - j * KEYS), rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
+// From scaled products [KEYS][WIDE] of key block j to scores, where masks are not plain.
+static void finish_scores(const Problem& P, int64_t b, int64_t h, int64_t first, int64_t j, vec* scores) {
+    int64_t keys = std::min<int64_t>(KEYS, P.kv_len - j * KEYS), rows = std::min<int64_t>(WIDE, P.q_len - first);
     if (P.softcap > 0)
-        for (int i = 0; i < keys * VECTORS; i++) scores[i] = P.softcap * hyperbolic_tangent(scores[i] / P.softcap);
+        for (int i = 0; i < keys * W; i++) scores[i] = P.softcap * hyperbolic_tangent(scores[i] / P.softcap);
     if (P.mask.kind) {
         auto add = P.mask.kind == 1 ? add_mask<uint8_t> : P.mask.kind == 2 ? add_mask<float> : add_mask<bfloat16>;
-        add(P.mask, b, h, tile * ROWS, rows, j * KEYS, keys, scores);
+        add(P.mask, b, h, first, rows, j * KEYS, keys, scores);
     }
-    bool cut = P.kinds.at(b)[tile * P.key_blocks() + j] != WHOLE;
-    if (cut || P.shown.data || keys < KEYS) hide_all(P, b, tile, j, cut, scores);
+    bool cut = P.kinds.at(b)[first / ROWS * P.key_blocks() + j] != WHOLE;
+    if (cut || P.shown.data || keys < KEYS) hide_all(P, b, first, j, cut, scores);
 }
 
 static int64_t claim(Problem& P) {
@@ -260,55 +175,149 @@ static int64_t claim(Problem& P) {
     return i < P.items ? (P.order ? P.order[i] : i) : -1;
 }
 
+// Fetch rows of a tensor, a share of a block per strip, before they are needed: lists jump.
+static inline void fetch(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t count, int64_t dim) {
+    for (int64_t r = first; r < first + count; r++)
+        for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(x.at(b, h, r) + d, 0, 2);
+}
+
+static inline vec highest_of(const vec* scores, int64_t step, int64_t count) {
+    vec highest = scores[0];
+    for (int64_t i = 1; i < count; i++) highest = maximum(highest, scores[i * step]);
+    return highest;
+}
+
+// From scores [KEYS][W] of some keys to weights, as the B of products, and their sum.
+static inline void weigh(vec* scores, int64_t first, int64_t count, const vec* reference, vec* sum, vec* weights) {
+    for (int j = 0; j < W; j++)
+        for (int64_t key = first; key < first + count; key += 2) {
+            vec a = power_of_two(scores[key * W + j] * LOG2_E - reference[j]);
+            vec b = power_of_two(scores[(key + 1) * W + j] * LOG2_E - reference[j]);
+            sum[j] += a + b;
+            put_pair(a, b, key, j, weights);
+        }
+}
+
+// Rows of a strip, from sums to what they mean.
+static void write_rows(const Problem& P, int64_t b, int64_t h, int64_t first, const vec* reference, const vec* total,
+                       vec* mixed) {
+    for (int j = 0; j < W; j++, first += LANES) {
+        int64_t rows = std::min<int64_t>(LANES, P.q_len - first);
+        vec inverse = total[j] == 0.0f ? vec{} : 1.0f / total[j];
+        for (int64_t d = 0; d < P.value_dim; d++) mixed[d * W + j] *= inverse;
+        for (int64_t d = 0; d < P.value_dim; d += LANES) {
+            const float* columns[LANES];
+            vec out[LANES];
+            for (int i = 0; i < LANES; i++) columns[i] = (const float*)(mixed + (d + i) * W + j);
+            transpose(columns, out, 1);
+            int64_t bytes = std::min<int64_t>(LANES, P.value_dim - d) * sizeof(float);
+            for (int64_t r = 0; r < rows; r++) std::memcpy(P.out.at(b, h, first + r) + d, out + r, bytes);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            float sum = ((const float*)(total + j))[r], from = ((const float*)(reference + j))[r];
+            P.lse[(b * P.heads + h) * P.q_len + first + r] = sum == 0 ? NONE : from * LOG_2 + std::log(sum);
+        }
+    }
+}
+
 template <bool PLAIN>
 static void attend_items(Problem& P) {
-    Buffer queries(P.dim * VECTORS), scores(KEYS * VECTORS), mixed(P.value_dim * VECTORS);
-    Buffer copy(KEYS * std::max(P.dim, P.value_dim) / LANES + 1);
+    Session session;
+    int64_t query_size = right_size(P.dim), mixed_size = round_up(P.value_dim, GROUP) * W;
+    Buffer queries(STRIPS * query_size), scratch(round_up(P.dim, LANES) * W), scores((PIPELINED + 1) * KEYS * W);
+    int64_t weight_size = right_size(KEYS);
+    Buffer weights(PIPELINED * 2 * weight_size), mixed(STRIPS * mixed_size);
+    vec sum[W];
+    auto scores_of = [&](int64_t strip) { return scores + (PIPELINED ? strip % 2 : 0) * KEYS * W; };
+    auto weights_of = [&](int64_t strip) { return PIPELINED ? weights + strip % 2 * weight_size : scores.data; };
+    Buffer key_room(left_size(KEYS, P.dim)), value_room(left_size(P.value_dim, KEYS));
     int64_t tiles = P.query_blocks(), group = P.heads / P.kv_heads;
     for (int64_t item; (item = claim(P)) >= 0;) {
         int64_t tile = item % tiles, h = item / tiles % P.heads, b = item / tiles / P.heads, kv = h / group;
-        const int32_t* list = P.kept + item * P.capacity;
+        int64_t strips = (std::min<int64_t>(ROWS, P.q_len - tile * ROWS) + WIDE - 1) / WIDE;
+        const int32_t *list = P.kept + item * P.capacity, *end = list + P.counts[item];
         const uint8_t* shown = P.shown.at(b);
-        vec top[VECTORS], total[VECTORS];
+        vec reference[VECTORS], total[VECTORS];
         float sink = !PLAIN && P.sinks ? P.sinks[h] : NONE;
-        for (int j = 0; j < VECTORS; j++) top[j] = splat(sink), total[j] = splat(sink == NONE ? 0 : 1);
-        std::memset(mixed.data, 0, P.value_dim * VECTORS * sizeof(vec));
-        transpose_queries(P, b, h, tile, queries);
-        for (int32_t entry = 0; entry < P.counts[item]; entry++) {
-            int64_t block = list[entry], keys = std::min<int64_t>(KEYS, P.kv_len - block * KEYS);
+        for (int j = 0; j < VECTORS; j++) {
+            reference[j] = splat(std::max(sink * LOG2_E, LOWEST));
+            total[j] = splat(sink == NONE ? 0 : 1);
+        }
+        std::memset((void*)mixed.data, 0, STRIPS * mixed_size * sizeof(vec));
+        pack_queries(P, b, h, tile, scratch, queries, nullptr);
+        for (; list < end; list++) {
+            int64_t block = *list, keys = std::min<int64_t>(KEYS, P.kv_len - block * KEYS);
             if (keys <= 0) continue;  // the padding id
-            const float* k = side_by_side(P.k, b, kv, block * KEYS, keys, P.dim, (float*)copy.data);
-            product<false>(k, P.dim, 1, queries, scores, keys, P.dim);
-            if (!PLAIN) finish_scores(P, b, h, tile, block, scores);
-            else if (needs_hiding(P, shown, tile, block)) hide(P, shown, tile, block, scores);
-            vec shift[VECTORS], keep[VECTORS];
-            for (int j = 0; j < VECTORS; j++) {
-                vec highest = top[j];
-                for (int key = 0; key < keys; key++) highest = maximum(highest, scores[key * VECTORS + j]);
-                // A row that has seen nothing yet keeps a finite shift, so that exp(-inf - shift) is 0 and not NaN.
-                shift[j] = maximum(highest, splat(-std::numeric_limits<float>::max()));
-                keep[j] = exponential(maximum(top[j], splat(-std::numeric_limits<float>::max())) - shift[j]);
-                top[j] = highest;
-                vec sum = total[j] * keep[j];
-                for (int key = 0; key < keys; key++) {
-                    vec& s = scores[key * VECTORS + j];
-                    s = exponential(s - shift[j]);
-                    sum += s;
+            Left k = keys_left(P.k.at(b, kv, block * KEYS), P.k.row, keys, P.dim, key_room);
+            Left v = values_left(P.v.at(b, kv, block * KEYS), P.v.row, keys, P.value_dim, value_room);
+            int64_t next = list + 1 < end && (list[1] + 1) * (int64_t)KEYS <= P.kv_len ? list[1] * KEYS : -1;
+            int64_t from = 0;  // the first strip that sees something
+            while (from < strips && unseen(P, tile * ROWS + from * WIDE, block)) from++;
+
+            // Three steps for each strip, each in parts.
+            auto score = [&](int64_t strip, int64_t part, int64_t parts) {
+                int64_t first = KEYS / parts * part, rows = std::min(KEYS / parts, keys - first);
+                if (rows > 0)
+                    multiply<false>(from_row(k, first, P.dim), queries + strip * query_size,
+                                    scores_of(strip) + first * W, rows, P.dim);
+                if (part + 1 < parts) return;
+                if (!PLAIN) finish_scores(P, b, h, tile * ROWS + strip * WIDE, block, scores_of(strip));
+                else if (needs_hiding(P, shown, tile * ROWS + strip * WIDE, block))
+                    hide(P, shown, tile * ROWS + strip * WIDE, block, scores_of(strip));
+            };
+            auto make_weights = [&](int64_t strip, int64_t part, int64_t parts) {
+                vec *s = scores_of(strip), *ref = reference + strip * W, *all = total + strip * W;
+                if (next >= 0) {
+                    int64_t share = KEYS / STRIPS / parts, first = next + (strip * parts + part) * share;
+                    fetch(P.k, b, kv, first, share, P.dim), fetch(P.v, b, kv, first, share, P.value_dim);
                 }
-                total[j] = sum;
+                auto raise = [&](int j, vec to) {
+                    vec raised = maximum(to, ref[j]), keep = power_of_two(ref[j] - raised);
+                    ref[j] = raised, all[j] *= keep;
+                    vec* mine = mixed + strip * mixed_size + j;
+                    for (int64_t d = 0; d < P.value_dim; d++) mine[d * W] *= keep;
+                };
+                for (int j = 0; j < W && part == 0; j++) {
+                    sum[j] = vec{};
+                    if (!PIPELINED || any_above(splat(LOWEST * 0.99f), ref[j])) {
+                        vec highest = highest_of(s + j, W, KEYS) * LOG2_E;
+                        if (any_above(highest, ref[j] + SLACK)) raise(j, highest);
+                    }
+                }
+                weigh(s, KEYS / parts * part, KEYS / parts, ref, sum, weights_of(strip));
+                if (part + 1 < parts) return;
+                for (int j = 0; j < W; j++) {
+                    if (PIPELINED && any_above(sum[j], splat(LIMIT))) {  // scores are still there: once more
+                        raise(j, highest_of(s + j, W, KEYS) * LOG2_E);
+                        sum[j] = vec{};
+                        weigh(s, 0, KEYS, ref, sum, weights_of(strip));
+                    }
+                    all[j] += sum[j];
+                }
+            };
+            auto mix = [&](int64_t strip, int64_t part, int64_t parts) {
+                int64_t share = round_up((P.value_dim + parts - 1) / parts, GROUP), first = share * part;
+                int64_t count = std::min(share, P.value_dim - first);
+                vec* to = mixed + strip * mixed_size + first * W;
+                if (count > 0) multiply<true>(from_row(v, first, keys), weights_of(strip), to, count, keys);
+            };
+            if (!PIPELINED)
+                for (int64_t strip = from; strip < strips; strip++)
+                    score(strip, 0, 1), make_weights(strip, 0, 1), mix(strip, 0, 1);
+            else if (from < strips) {  // the products of other strips are in flight while one's weights are made
+                score(from, 0, 1);
+                for (int64_t strip = from; strip < strips; strip++)
+                    for (int64_t part = 0; part < 4; part++) {
+                        if (part % 2 == 0 && strip + 1 < strips) score(strip + 1, part / 2, 2);
+                        if (part % 2 == 1 && strip > from) mix(strip - 1, part / 2, 2);
+                        make_weights(strip, part, 4);
+                    }
+                mix(strips - 1, 0, 1);
             }
-            for (int64_t d = 0; d < P.value_dim; d++)
-                for (int j = 0; j < VECTORS; j++) mixed[d * VECTORS + j] *= keep[j];
-            const float* v = side_by_side(P.v, b, kv, block * KEYS, keys, P.value_dim, (float*)copy.data);
-            product<true>(v, 1, P.value_dim, scores, mixed, P.value_dim, keys);
         }
-        int64_t rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
-        for (int64_t r = 0; r < rows; r++) {
-            float sum = ((float*)total)[r], *out = P.out.at(b, h, tile * ROWS + r);
-            float inverse = sum > 0 ? 1 / sum : 0;
-            for (int64_t d = 0; d < P.value_dim; d++) out[d] = ((float*)mixed.data)[d * ROWS + r] * inverse;
-            P.lse[(b * P.heads + h) * P.q_len + tile * ROWS + r] = sum > 0 ? ((float*)top)[r] + std::log(sum) : NONE;
-        }
+        for (int64_t strip = 0; strip < strips; strip++)
+            write_rows(P, b, h, tile * ROWS + strip * WIDE, reference + strip * W, total + strip * W,
+                       mixed + strip * mixed_size);
     }
 }
 
@@ -316,9 +325,16 @@ extern "C" void attend(Problem* problem) {
     problem->plain ? attend_items<true>(*problem) : attend_items<false>(*problem);
 }
 
+extern "C" int64_t ready() { return processor_is_ready(); }
+
+// Summaries of GROUP key blocks lie together: the first single of each, the second, ..., the means, the variances.
+extern "C" int64_t summary_floats(int64_t blocks, int64_t singles, int64_t dim) {  // of one KV head
+    return round_up(blocks, GROUP) / GROUP * (singles + 2) * left_size(GROUP, dim) * LANES;
+}
+
 extern "C" void summarise(Problem* problem) {
     Problem& P = *problem;
-    int64_t blocks = P.key_blocks(), D = P.dim;
+    int64_t blocks = P.key_blocks(), D = P.dim, size = left_size(GROUP, D) * LANES;
     std::vector<float> mean(D), spread(D);
     for (int64_t item; (item = claim(P)) >= 0;) {
         int64_t block = item % blocks, h = item / blocks % P.kv_heads, b = item / blocks / P.kv_heads;
@@ -349,130 +365,159 @@ extern "C" void summarise(Problem* problem) {
             for (; d < D; d++) all += (keys[i][d] - mean[d]) * (keys[i][d] - mean[d]);
             distance[i] = all;
         }
-        float* vectors = P.vectors + item * (P.singles + 1) * D;
+        float* groups = P.summaries + (b * P.kv_heads + h) * summary_floats(blocks, P.singles, D)
+                        + block / GROUP * (P.singles + 2) * size;
+        auto put = [&](int64_t part, const float* row) { put_row(groups + part * size, block % GROUP, row, D); };
         int alone = std::min<int64_t>(count, P.singles);
         for (int s = 0; s < alone; s++) {  // the farthest moves to the end of what is left
             int left = count - s, far = 0;
             for (int i = 1; i < left; i++) far = distance[i] > distance[far] ? i : far;
-            std::memcpy(vectors + s * D, keys[far], D * sizeof(float));
+            put(s, keys[far]);
             std::swap(keys[far], keys[left - 1]), std::swap(distance[far], distance[left - 1]);
         }
-        std::memset(vectors + alone * D, 0, (P.singles + 1 - alone) * D * sizeof(float));
+        std::fill(spread.begin(), spread.end(), 0.0f);
+        for (int64_t s = alone; s < P.singles; s++) put(s, spread.data());
         int rest = count - alone;
         average(rest);
-        std::fill(spread.begin(), spread.end(), 0.0f);
         for (int i = 0; i < rest; i++)
             for (int64_t d = 0; d < D; d++) spread[d] += (keys[i][d] - mean[d]) * (keys[i][d] - mean[d]);
-        for (int64_t d = 0; d < D; d++) {
-            vectors[P.singles * D + d] = mean[d];
-            P.variance[item * D + d] = spread[d] / std::max(rest, 1);
-        }
+        for (int64_t d = 0; d < D; d++) spread[d] = std::min(spread[d] / std::max(rest, 1), LARGEST);
+        put(P.singles, mean.data()), put(P.singles + 1, spread.data());
         P.alone[item] = alone, P.rest[item] = rest;
     }
 }
 
 template <bool PLAIN>
 static void estimate_items(Problem& P) {
+    Session session;
     int64_t tiles = P.query_blocks(), blocks = P.key_blocks(), D = P.dim, group = P.heads / P.kv_heads;
-    int64_t parts = P.singles + 1;
-    constexpr int CHUNK = 4;  // key blocks per step: their scores stay in the first-level cache
-    Buffer queries(D * VECTORS), squares(D * VECTORS), scores(std::max<int64_t>(CHUNK * parts, KEYS) * VECTORS);
-    Buffer spread(CHUNK * VECTORS), mass(blocks * VECTORS), reference(blocks * VECTORS);
+    int64_t parts = P.singles + 1, query_size = right_size(D), group_size = left_size(GROUP, D) * LANES;
+    constexpr int PART = GROUP * W;  // scores of one part of GROUP blocks
+    Buffer queries(STRIPS * query_size), squares(STRIPS * query_size), scratch(round_up(D, LANES) * W);
+    Buffer scores(std::max<int64_t>(parts * PART, KEYS * W)), spread(PART), mass(blocks * VECTORS);
+    Buffer key_room(left_size(KEYS, D));
+    float logs[KEYS + 1] = {};
+    for (int i = 1; i <= KEYS; i++) logs[i] = std::log((float)i);
     for (int64_t item; (item = claim(P)) >= 0;) {
         int64_t tile = item % tiles, h = item / tiles % P.heads, b = item / tiles / P.heads, kv = h / group;
         const uint8_t* shown = P.shown.at(b);
-        int64_t rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS);
+        int64_t rows = std::min<int64_t>(ROWS, P.q_len - tile * ROWS), strips = (rows + WIDE - 1) / WIDE;
         int64_t whole = blocks, upto = blocks;  // blocks that every row sees whole; that some row sees
-        if (P.causal) {
+        if (PLAIN && P.causal) {
             auto seen = [&](int64_t row) { return std::max<int64_t>(0, row + P.causal_offset + 1); };
             whole = std::min(blocks, seen(tile * ROWS) / KEYS);
             upto = std::min(blocks, (seen(tile * ROWS + rows - 1) + KEYS - 1) / KEYS);
         }
-        transpose_queries(P, b, h, tile, queries);
-        for (int64_t i = 0; i < D * VECTORS; i++) squares[i] = queries[i] * queries[i];
-        vec top[VECTORS], total[VECTORS];
+        pack_queries(P, b, h, tile, scratch, queries, squares);
+        vec reference[VECTORS], total[VECTORS];
         float sink = !PLAIN && P.sinks ? P.sinks[h] : NONE;
         for (int j = 0; j < VECTORS; j++) {
-            top[j] = splat(std::max(sink, -std::numeric_limits<float>::max()));
+            reference[j] = splat(std::max(sink * LOG2_E, LOWEST));
             total[j] = splat(sink == NONE ? 0 : 1);
         }
 
-        // The sum of exp(score - top) over the `count` scores of a block; top may rise, earlier sums follow it.
-        auto add = [&](int64_t block, const vec* s, int count) {
-            for (int j = 0; j < VECTORS; j++) {
-                vec highest = top[j];
-                for (int i = 0; i < count; i++) highest = maximum(highest, s[i * VECTORS + j]);
+        // The mass of a block for vector j of the rows: the sum over its `count` scores, `step` vectors apart.
+        auto add = [&](int64_t block, int64_t j, const vec* s, int64_t step, int64_t count) {
+            auto sum_up = [&] {
                 vec sum = {};
-                for (int i = 0; i < count; i++) sum += exponential(s[i * VECTORS + j] - highest);
-                total[j] = total[j] * exponential(top[j] - highest) + sum;
-                top[j] = highest;
-                mass[block * VECTORS + j] = sum;
-                reference[block * VECTORS + j] = highest;
+                for (int64_t i = 0; i < count; i++) sum += power_of_two<true>(s[i * step] * LOG2_E - reference[j]);
+                return sum;
+            };
+            vec sum = sum_up();
+            if (any_above(sum, splat(LIMIT))) {  // those rows take the highest score as their reference
+                vec raised = maximum(highest_of(s, step, count) * LOG2_E, reference[j]);
+                raised = sum > LIMIT ? raised : reference[j];
+                vec keep = power_of_two(reference[j] - raised);
+                if (any_above(total[j], vec{}))
+                    for (int64_t i = 0; i < blocks; i++) mass[i * VECTORS + j] *= keep;
+                total[j] *= keep;
+                reference[j] = raised;
+                sum = sum_up();
             }
+            mass[block * VECTORS + j] = sum;
+            total[j] += sum;
         };
-        int64_t base = (b * P.kv_heads + kv) * blocks;
-        auto weigh_whole = [&](int64_t first, int64_t n) {  // at most CHUNK blocks, by their summaries
-            product<false>(P.vectors + (base + first) * parts * D, D, 1, queries, scores, n * parts, D);
-            product<false>(P.variance + (base + first) * D, D, 1, squares, spread, n, D);
-            for (int64_t i = 0; i < n; i++) {
-                int32_t alone = P.alone[base + first + i], rest = P.rest[base + first + i];
-                vec* s = scores.data + i * parts * VECTORS;
-                float log_count = rest ? std::log((float)rest) : 0;
-                for (int j = 0; j < VECTORS; j++) {
-                    vec variance = spread[i * VECTORS + j], root;
-                    for (int l = 0; l < LANES; l++) root[l] = __builtin_sqrtf(2 * log_count * variance[l]);
-                    vec bonus = variance < 2 * log_count ? variance * 0.5f : root - log_count;
-                    vec middle = s[P.singles * VECTORS + j] + bonus;
-                    if (!PLAIN && P.softcap > 0) middle = P.softcap * hyperbolic_tangent(middle / P.softcap);
-                    s[alone * VECTORS + j] = rest ? middle + log_count : splat(NONE);
+        const float* groups = P.summaries + (b * P.kv_heads + kv) * summary_floats(blocks, P.singles, D);
+        const int32_t* alone = P.alone + (b * P.kv_heads + kv) * blocks;
+        const int32_t* rest = P.rest + (b * P.kv_heads + kv) * blocks;
+        const uint8_t* kinds = PLAIN ? nullptr : P.kinds.at(b) + tile * blocks;
+
+        // Up to GROUP blocks, from `start` on, by their summaries.
+        auto weigh_whole = [&](int64_t start, int64_t n) {
+            const float* from = groups + start / GROUP * (P.singles + 2) * group_size;
+            for (int64_t strip = 0; strip < strips; strip++) {
+                const vec* q = queries + strip * query_size;
+                if (n == GROUP) multiply<false>(left_of(from, D), q, scores, parts * GROUP, D);
+                else
+                    for (int64_t part = 0; part < parts; part++)
+                        multiply<false>(left_of(from + part * group_size, D), q, scores + part * PART, n, D);
+                multiply<false>(left_of(from + parts * group_size, D), squares + strip * query_size, spread, n, D);
+                for (int64_t i = 0; i < n; i++) {
+                    int64_t block = start + i;
+                    if (!PLAIN && kinds[block] != WHOLE) continue;
+                    float log_count = logs[rest[block]];
+                    vec bias[W] = {};
+                    if (!PLAIN && P.block_bias.kind) {
+                        int64_t first = tile * ROWS + strip * WIDE;
+                        add_mask<float>(P.block_bias, b, h, first, std::min<int64_t>(WIDE, P.q_len - first), block, 1,
+                                        bias);
+                    }
+                    for (int j = 0; j < W; j++) {
+                        vec variance = spread[i * W + j], bonus = variance * 0.5f;
+                        if (any_above(variance, splat(2 * log_count))) {
+                            vec root;
+                            for (int l = 0; l < LANES; l++) root[l] = __builtin_sqrtf(2 * log_count * variance[l]);
+                            bonus = variance < 2 * log_count ? bonus : root - log_count;
+                        }
+                        vec* s = scores + i * W + j;
+                        vec middle = s[P.singles * PART] + bonus;
+                        if (!PLAIN && P.softcap > 0) {
+                            middle = P.softcap * hyperbolic_tangent(middle / P.softcap);
+                            for (int64_t part = 0; part < alone[block]; part++)
+                                s[part * PART] = P.softcap * hyperbolic_tangent(s[part * PART] / P.softcap);
+                        }
+                        s[alone[block] * PART] = rest[block] ? middle + log_count : splat(NONE);
+                        if (!PLAIN && P.block_bias.kind)
+                            for (int64_t part = 0; part <= alone[block]; part++) s[part * PART] += bias[j];
+                        add(block, strip * W + j, s, PART, alone[block] + 1);
+                    }
                 }
-                if (!PLAIN && P.softcap > 0)
-                    for (int j = 0; j < alone * VECTORS; j++) s[j] = P.softcap * hyperbolic_tangent(s[j] / P.softcap);
-                if (!PLAIN && P.block_bias.kind) {
-                    vec bias[VECTORS] = {};
-                    add_mask<float>(P.block_bias, b, h, tile * ROWS, rows, first + i, 1, bias);
-                    for (int part = 0; part <= alone; part++)
-                        for (int j = 0; j < VECTORS; j++) s[part * VECTORS + j] += bias[j];
-                }
-                add(first + i, s, alone + 1);
             }
         };
         auto weigh_keys = [&](int64_t block) {  // a block that some row sees in part: exact
             int64_t keys = std::min<int64_t>(KEYS, P.kv_len - block * KEYS);
-            product<false>(P.k.at(b, kv, block * KEYS), P.k.row, 1, queries, scores, keys, D);
-            if (PLAIN) hide(P, shown, tile, block, scores);
-            else finish_scores(P, b, h, tile, block, scores);
-            add(block, scores, keys);
-        };
-        const uint8_t* kinds = PLAIN ? nullptr : P.kinds.at(b) + tile * blocks;
-        if (PLAIN) {
-            for (int64_t first = 0; first < whole; first += CHUNK)
-                weigh_whole(first, std::min<int64_t>(CHUNK, whole - first));
-            for (int64_t block = whole; block < upto; block++) weigh_keys(block);
-        } else {
-            upto = blocks;
-            for (int64_t block = 0; block < blocks;) {
-                int64_t run = 0;
-                while (run < CHUNK && block + run < blocks && kinds[block + run] == WHOLE) run++;
-                if (run) weigh_whole(block, run);
-                else if (kinds[block] != HIDDEN) weigh_keys(block);
-                block += std::max<int64_t>(run, 1);
+            Left k = keys_left(P.k.at(b, kv, block * KEYS), P.k.row, keys, D, key_room);
+            for (int64_t strip = 0; strip < strips; strip++) {
+                int64_t first = tile * ROWS + strip * WIDE;
+                if (unseen(P, first, block)) {
+                    for (int j = 0; j < W; j++) mass[block * VECTORS + strip * W + j] = vec{};
+                    continue;
+                }
+                multiply<false>(k, queries + strip * query_size, scores, keys, D);
+                if (PLAIN) hide(P, shown, first, block, scores);
+                else finish_scores(P, b, h, first, block, scores);
+                for (int j = 0; j < W; j++) add(block, strip * W + j, scores + j, W, keys);
             }
+        };
+        // What is exact comes first: most rows find a reference there that needs no raising.
+        for (int64_t block = PLAIN ? whole : 0; block < upto; block++)
+            if (PLAIN || (kinds[block] != WHOLE && kinds[block] != HIDDEN)) weigh_keys(block);
+        for (int64_t start = 0; start < whole; start += GROUP) {
+            int64_t n = std::min<int64_t>(GROUP, whole - start);
+            bool some = PLAIN;
+            for (int64_t i = 0; i < n && !some; i++) some = kinds[start + i] == WHOLE;
+            if (some) weigh_whole(start, n);
         }
+
         float* peaks = P.peaks + item * blocks;
-        float inside[ROWS];
-        for (int64_t r = 0; r < ROWS; r++) inside[r] = r < rows ? 1.0f : 0.0f;
-        for (int j = 0; j < VECTORS; j++) {
-            vec mine;
-            std::memcpy(&mine, inside + j * LANES, sizeof mine);
-            total[j] = total[j] > 0.0f ? mine / total[j] : vec{};
+        for (int64_t r = 0; r < strips * WIDE; r++) {  // to the inverse, 0 for rows past the end
+            float& sum = ((float*)total)[r];
+            sum = r < rows && sum > 0 ? 1 / sum : 0;
         }
         for (int64_t block = 0; block < upto; block++) {
             if (!PLAIN && kinds[block] == HIDDEN) continue;
             vec highest = {};
-            for (int j = 0; j < VECTORS; j++)
-                highest = maximum(highest, mass[block * VECTORS + j] *
-                                               exponential(reference[block * VECTORS + j] - top[j]) * total[j]);
+            for (int64_t j = 0; j < strips * W; j++) highest = maximum(highest, mass[block * VECTORS + j] * total[j]);
             float peak = 0;
             for (int l = 0; l < LANES; l++) peak = std::max(peak, highest[l]);
             peaks[block] = peak;

@@ -1,4 +1,4 @@
-"""Block-sparse attention and its selection on a CPU, compiled from native.cpp on first use.
+"""Block-sparse attention and its selection on a CPU, compiled from native.cpp and products.h on first use.
 
     q       [B, H, q_len, D]          fp32, bf16 or fp16; half precisions are computed in float32
     k, v    [B, Hkv, kv_len, D | Dv]  same dtype; any strides with a dense last dimension
@@ -29,7 +29,7 @@ from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, block_bias, block_ki
 from sparsify.kernels.masks import Masks
 
 log = logging.getLogger("sparsify")
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "products.h")]
 # Not -ffast-math: as a shared library it would switch denormals off for the whole process.
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-std=c++17",
          "-shared", "-fPIC"]
@@ -53,7 +53,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *((name, _Tensor) for name in ("q", "k", "v", "out")),
-        *((name, ctypes.c_void_p) for name in ("lse", "vectors", "variance", "alone", "rest", "peaks", "kept", "counts",
+        *((name, ctypes.c_void_p) for name in ("lse", "summaries", "alone", "rest", "peaks", "kept", "counts",
                                                "order")),
         *((name, _Rows) for name in ("shown", "kinds", "query_documents", "key_documents")),
         *((name, _Mask) for name in ("mask", "block_bias")),
@@ -87,11 +87,12 @@ def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles
     q, k = _dense_float(q), _dense_float(k)
     batch, kv_heads, kv_len, dim = k.shape
     blocks = count_blocks(kv_len, KEY_BLOCK)
-    vectors = torch.empty(batch, kv_heads, blocks, singles + 1, dim)
-    variance = torch.empty(batch, kv_heads, blocks, dim)
+    library = _library()
+    assert library is not None  # `why_not` was asked
+    summaries = torch.empty(batch, kv_heads, library.summary_floats(blocks, singles, dim))
     alone, rest = torch.empty(2, batch, kv_heads, blocks, dtype=torch.int32)
     peaks = torch.zeros(batch, q.shape[1], count_blocks(q.shape[2], QUERY_BLOCK), blocks)
-    tensors = {"q": q, "k": k, "vectors": vectors, "variance": variance, "alone": alone, "rest": rest, "peaks": peaks}
+    tensors = {"q": q, "k": k, "summaries": summaries, "alone": alone, "rest": rest, "peaks": peaks}
     numbers = {"scale": scale, "singles": singles}
     _run("summarise", alone.numel(), tensors, numbers, Masks(key_mask=masks.key_mask))
     bias = block_bias(masks, kv_len)
@@ -190,27 +191,44 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork inherits the poo
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled library, from the cache or built now; None where it cannot be built."""
+    """The compiled library, from the cache or built now; None where it cannot be built.
+
+    Where the system keeps the matrix registers from this process, the one that does without.
+    """
+    library = build()
+    return library if library is None or library.ready() else build("-DNO_MATRIX_REGISTERS")
+
+
+def build(*flags: str) -> ctypes.CDLL | None:
+    """The library with more flags than usual."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    if compiler is None:
-        return None
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    return None if compiler is None else _load([compiler, *FLAGS, *flags])
+
+
+def _load(command: list[str]) -> ctypes.CDLL | None:
+    """The library that this command builds."""
+    content = b"".join(source.read_bytes() for source in SOURCES)
+    key = hashlib.sha256(content + " ".join([*command, _processor()]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsify"
     for folder in (cache, None):
         try:
             target = (folder or Path(tempfile.mkdtemp(prefix="sparsify-"))) / f"native-{key}.so"
             if not target.exists():
-                _build(compiler, target)
-            return ctypes.CDLL(str(target))
+                _build(command, target)
+            library = ctypes.CDLL(str(target))
         except (OSError, subprocess.SubprocessError) as error:  # a read-only home, a compiler that cannot
-            log.info("sparsify: %s could not be built in %s: %s", SOURCE.name, folder or "a temporary folder", error)
+            log.info("sparsify: native.cpp could not be built in %s: %s", folder or "a temporary folder", error)
+            continue
+        library.summary_floats.restype = ctypes.c_int64
+        library.summary_floats.argtypes = [ctypes.c_int64] * 3
+        return library
     return None
 
 
-def _build(compiler: str, target: Path) -> None:
+def _build(command: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".so", delete=False) as partial:
-        command = [compiler, *FLAGS, str(SOURCE), "-o", partial.name]
+        command = [*command, str(SOURCES[0]), "-o", partial.name]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         os.replace(partial.name, target)  # whole or not at all, also when two processes build at once
