@@ -327,6 +327,14 @@ extern "C" void attend(Problem* problem) {
 
 extern "C" int64_t ready() { return processor_is_ready(); }
 
+extern "C" int64_t uses_matrix_registers() {
+#if defined(MATRIX_REGISTERS)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // Summaries of GROUP key blocks lie together: the first single of each, the second, ..., the means, the variances.
 extern "C" int64_t summary_floats(int64_t blocks, int64_t singles, int64_t dim) {  // of one KV head
     return round_up(blocks, GROUP) / GROUP * (singles + 2) * left_size(GROUP, dim) * LANES;

@@ -75,6 +75,12 @@ def available() -> bool:
     return _library() is not None
 
 
+def uses_matrix_registers() -> bool:
+    """Whether the library runs, and its products run on matrix registers (AMX)."""
+    library = _library()
+    return library is not None and bool(library.uses_matrix_registers())
+
+
 def why_not(q: Tensor) -> str | None:
     """Why this dtype needs the plain torch path, or None."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -48,6 +48,12 @@ def adaptive(tensors, tolerance=0.2, masks=CAUSAL):
 
 
 @pytest.fixture(autouse=True)
+def _a_plain_processor(monkeypatch):
+    """What is usual on a CPU depends on its products."""
+    monkeypatch.setattr(exact.native, "uses_matrix_registers", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A cache of its own, switched on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -113,6 +119,26 @@ def test_the_fastest_exact_kernel_must_be_faster_by_more_than_noise(seconds, ker
 ])
 def test_break_even_is_where_selection_and_attention_take_as_long_as_dense(given, density):
     assert given.break_even == pytest.approx(density, abs=1e-3)
+
+
+@pytest.mark.parametrize(("length", "dtype", "registers", "name"), [
+    (1024, torch.float32, True, "lists"), (1023, torch.float32, True, "sdpa"), (1024, torch.float32, False, "sdpa"),
+    (2048, torch.bfloat16, True, "sdpa"),
+])
+def test_long_dense_attention_on_a_cpu_is_ours_if_faster(length, dtype, registers, name, monkeypatch):
+    monkeypatch.setattr(exact.native, "uses_matrix_registers", lambda: registers)
+    q = torch.empty(1, 2, length, 16, dtype=dtype)
+    assert exact.usual_kernel(q, q, q, Masks(0)) == name
+
+
+@pytest.mark.parametrize(("length", "dtype", "pays"), [
+    (4096, torch.float32, True), (4096, torch.float16, True), (8192, torch.bfloat16, False),
+    (16384, torch.bfloat16, True),
+])
+def test_sparse_bfloat16_pays_late_on_a_cpu(length, dtype, pays, monkeypatch):
+    monkeypatch.setenv("SPARSIFY_TUNE", "0")
+    q = torch.empty(1, 2, length, 16, dtype=dtype)
+    assert crossover.selection_pays(q, q, q, 0.25, Masks(0), 0.03, 6) == pays
 
 
 def test_sparse_never_pays_where_its_launches_take_longer_than_dense():

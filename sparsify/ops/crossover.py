@@ -41,6 +41,8 @@ LAUNCH_SECONDS = 1.3e-3
 """What selection, lists and attention cost the host, a call, inside a compiled model (beside an H100)."""
 GRAPH_SECONDS = 2.5e-4
 """The same in a CUDA graph: selection itself, where it and attention at density 0.1 gain 1.4x (H100, 4K keys)."""
+BFLOAT16_ON_CPU = 16384
+"""Keys from which sparse attention pays in bfloat16 on a CPU: it computes in float32, SDPA on matrix registers."""
 DENSE_RATE = {2: 4.5e14, 4: 5e13, 8: 2.5e13}
 """FLOP/s of dense attention on an H100 (head dim 64), by bytes an element; slower cards only gain more."""
 
@@ -162,8 +164,10 @@ def dense_seconds(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> float:
 
 
 def _pays_by_constants(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> bool:
-    """Whether dense attention takes long enough on CUDA to hide the launches of sparse attention."""
-    return not q.is_cuda or dense_seconds(q, k, v, masks) > (GRAPH_SECONDS if _is_captured(q) else LAUNCH_SECONDS)
+    """Whether dense attention takes long enough: on CUDA to hide the launches of sparse attention."""
+    if not q.is_cuda:
+        return q.dtype != torch.bfloat16 or k.shape[2] >= BFLOAT16_ON_CPU
+    return dense_seconds(q, k, v, masks) > (GRAPH_SECONDS if _is_captured(q) else LAUNCH_SECONDS)
 
 
 def _is_captured(q: Tensor) -> bool:

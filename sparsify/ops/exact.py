@@ -28,6 +28,7 @@ from sparsify.kernels.rule import every_block
 from sparsify.ops.lists import attend_lists, has_kernels
 
 aten = torch.ops.aten
+LONG_ON_CPU = 1024  # queries and keys
 
 
 def run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tensor:
@@ -43,6 +44,8 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) 
 
 def usual_kernel(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str:
     """The exact kernel by constants measured elsewhere."""
+    if _beats_sdpa_on_cpu(q, k):
+        return "lists"
     if _is_for_sdpa(q, k, masks):
         return "sdpa"
     if _is_for_lists(q, v, masks):
@@ -94,6 +97,15 @@ def _is_for_sdpa(q: Tensor, k: Tensor, masks: Masks) -> bool:
 def _is_top_left(q: Tensor, k: Tensor, masks: Masks) -> bool:
     """Whether `is_causal` of SDPA is all there is to say."""
     return masks.is_plain and masks.key_mask is None and masks.causal_offset == 0 and q.shape[2] == k.shape[2]
+
+
+def _beats_sdpa_on_cpu(q: Tensor, k: Tensor) -> bool:
+    """Whether ours is faster even where SDPA needs no mask tensor: 1.1 to 1.7 times from 1K keys, on matrix registers.
+
+    In float32: half precisions are computed in float32, and SDPA has products of bfloat16, twice as fast.
+    """
+    return (not q.is_cuda and q.dtype == torch.float32 and min(q.shape[2], k.shape[2]) >= LONG_ON_CPU
+            and native.uses_matrix_registers())
 
 
 def _is_for_lists(q: Tensor, v: Tensor, masks: Masks) -> bool:
