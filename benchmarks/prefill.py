@@ -10,16 +10,15 @@ results/prefill.json; a CPU prints.
 import argparse
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import records
 from benchmarks.figures import Figure, record
-from sparsify.measurement import checkout_commit, compile_sides, device_name, measuring, time_in_turns
+from sparsify.measurement import compile_sides, measuring, time_in_turns
 from sparsify.plan import Plan
 
-RESULTS = Path(__file__).with_name("results")
 ROUNDING = 2.0
 """What our error may be, in errors of plain torch.compile: rounding in another order, and nothing else."""
 
@@ -36,15 +35,15 @@ def main() -> None:
     for implementation in ("sdpa", "eager"):
         rows.append(measure(implementation, options.length, options.layers, device))
         print(rows[-1], flush=True)
-    environment = {"device": device_name(device), "torch": torch.__version__, "commit": checkout_commit()}
-    print(json.dumps({"environment": environment, "rows": rows}, indent=1))
+    facts = records.environment(device.type)
+    results = {"environment": facts, "rows": rows}
+    print(json.dumps(results, indent=1))
     if not on_cuda:
         return
-    RESULTS.joinpath("prefill.json").write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n",
-                                                encoding="utf-8")
+    records.write_json(records.RESULTS / "prefill.json", results)
     command = f"python -m benchmarks.prefill --length {options.length} --layers {options.layers}"
     for row in rows:
-        common: dict[str, Any] = {"issue": "pass", "where": environment["device"], "command": command}
+        common: dict[str, Any] = {"issue": "pass", "where": facts["device"], "command": command}
         name = f"prefill of {options.length}, {row['attention']} attention, dense plan"
         record(Figure(figure=f"{name}: ratio over torch.compile", value=row["ratio"], bar=">= 1.2", unit="x", **common),
                Figure(figure=f"{name}: error of logits", value=row["ours_error"] / row["plain_error"],

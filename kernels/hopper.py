@@ -685,12 +685,19 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     return out, lse
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str | None:
-    """Why this call is not covered, in one sentence; None if it is."""
+def why_not_here(q: Tensor) -> str | None:
+    """Why no kernel for Hopper takes this tensor, as `why_not`: device and dtype."""
     if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
         return "the device is not a Hopper GPU"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the dtype is {q.dtype}, not float16 or bfloat16"
+    return None
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str | None:
+    """Why this call is not covered, in one sentence; None if it is."""
+    if unsuited := why_not_here(q):
+        return unsuited
     if max(q.shape[3], v.shape[3]) > WIDEST or v.shape[3] % 8:
         return (f"the head dims are {q.shape[3]} and {v.shape[3]}: both must be at most {WIDEST}, that of v a "
                 "multiple of 8")

@@ -42,6 +42,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsify.kernels.attend import positive_scale
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, count_blocks
+from sparsify.kernels.hopper import why_not_here
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E
 from sparsify.kernels.statistics import split_keys
@@ -410,10 +411,8 @@ def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles
 
 def why_not(q: Tensor, k: Tensor, masks: Masks, singles: int) -> str | None:
     """Why this call is not covered, in one sentence; None if it is."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
-        return "the device is not a Hopper GPU"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"the dtype is {q.dtype}, not float16 or bfloat16"
+    if unsuited := why_not_here(q):
+        return unsuited
     if q.shape[3] not in (64, 128):
         return f"the head dim is {q.shape[3]}, not 64 or 128"
     if not masks.is_plain or masks.key_mask is not None:

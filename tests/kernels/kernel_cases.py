@@ -131,6 +131,20 @@ def assert_lists_obey(lists: blocks.KeptLists, exact: Tensor, band: Tensor | flo
     assert ((exact >= best_left - 2 * band) | ~extra).all(), "the even fill is not the best block left"
 
 
+def assert_hidden_keys_do_not_matter(attend, rng: torch.Generator, case: Case, dtype: torch.dtype) -> None:
+    """Keys and values behind the mask are garbage in practice; the output does not move."""
+    q, k, v = qkv(rng, case, dtype)
+    mask = key_mask(rng, case)
+    assert mask is not None
+    masks = Masks(case.causal_offset, key_mask=mask)
+    lists = random_lists(rng, case, masks, 0.5)
+    call = {"scale": 0.3, "masks": masks}
+    before = attend(q, k, v, *lists, **call)
+    hidden = ~mask[:, None, :, None]
+    after = attend(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), *lists, **call)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
 def bias_units(masks: Masks) -> float:
     """Rounding units that a bias adds: scores have its size."""
     return 0.0 if masks.bias is None else float(masks.bias[masks.bias.isfinite()].abs().max())

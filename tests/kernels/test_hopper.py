@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import Case, assert_attention_is_right, draw_masks, key_mask, qkv, random_lists
+from kernel_cases import (
+    Case,
+    assert_attention_is_right,
+    assert_hidden_keys_do_not_matter,
+    draw_masks,
+    qkv,
+)
 
 from sparsify.kernels.hopper import block_sparse_attention, why_not
 from sparsify.kernels.masks import Masks
@@ -115,17 +121,7 @@ def test_rows_of_a_mask_may_begin_anywhere(first, rng, poisoned_memory):
 @pytest.mark.gpu
 @on_hopper
 def test_hidden_keys_may_hold_anything(rng):
-    """Keys and values behind the mask are garbage in practice; the output does not move."""
-    case = MASKED[0]
-    q, k, v = qkv(rng, case, torch.bfloat16)
-    mask = key_mask(rng, case)
-    masks = Masks(case.causal_offset, key_mask=mask)
-    lists = random_lists(rng, case, masks, 0.5)
-    call = {"scale": 0.3, "masks": masks}
-    before = block_sparse_attention(q, k, v, *lists, **call)
-    hidden = ~mask[:, None, :, None]
-    after = block_sparse_attention(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), *lists, **call)
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert_hidden_keys_do_not_matter(block_sparse_attention, rng, MASKED[0], torch.bfloat16)
 
 
 @pytest.mark.gpu
