@@ -140,5 +140,5 @@ def test_a_length_below_one_is_refused():
 def test_a_printed_plan_shows_every_bucket():
     assert str(THREE).splitlines()[1:] == [
         "  [1, 4096): dense", "  [4096, 16384): tolerance 0.02, site 0: dense, site 3: tolerance 0.01",
-        "  [16384, inf): tolerance 0.05",
+        "  [16384, inf): tolerance 0.05", "  measured on: device cpu",
     ]

@@ -6,7 +6,7 @@ from torch import Tensor
 from sparsify.errors import ShapeError
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, allowed_blocks, capacity, count_blocks
 from sparsify.kernels.masks import Masks
-from sparsify.ops import counters, crossover, exact
+from sparsify.ops import counters, crossover, exact, probing
 from sparsify.ops.checks import check_inputs, check_tolerance
 from sparsify.ops.lists import attend_lists, has_kernels
 from sparsify.ops.select import keep_lists
@@ -49,6 +49,7 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
     """Attention that drops the key blocks to which no query of a query block gives `tolerance` of its attention.
 
     A call for which selection would not pay runs exact: few heads, short sequences (`crossover.selection_pays`).
+    While somebody probes (`sparsify.ops.probing`), the probe's budget holds in place of the arguments.
 
     Shapes and masks as in `sparsify.ops`, the budget as in `select_blocks`. `site` names the attention site to
     `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls. Returns out
@@ -57,7 +58,17 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
     masks = check_inputs(q, k, v, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
                                         softcap, sink_logits))
     check_tolerance(tolerance)
-    if not has_kernels(q, v) or not crossover.selection_pays(q, k, v, scale, masks, tolerance, singles):
+    probe = probing.active()
+    if probe is None:
+        drops = has_kernels(q, v) and crossover.selection_pays(q, k, v, scale, masks, tolerance, singles)
+    else:
+        if probe.watch is not None:
+            probe.watch(site, q, k, v, scale, masks)
+        budget = probe.budget_of(site, k.shape[2])
+        max_density, sinks, local, singles = budget.max_density, budget.sinks, budget.local, budget.singles
+        drops = budget.tolerance is not None and has_kernels(q, v)
+        tolerance = budget.tolerance or 0.0
+    if not drops:
         if counters.is_counting():
             counters.record_all(site)
         return _exact(q, k, v, scale, masks)

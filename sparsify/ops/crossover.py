@@ -120,6 +120,26 @@ def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, shape: 
         return _measure(*_part(q, k, v, masks, shape), scale, shape, singles, clock or clock_of(q.device), seconds)
 
 
+def times_for(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, singles: int,
+              seconds: float = TUNE_SECONDS) -> Times | None:
+    """Times of the class of a call, sparse attention included: known here, else measured now and kept, on a CPU too.
+
+    None where nothing is measured: small calls, SPARSIFY_TUNE=0, SPARSIFY_TUNE=read and nothing alike known.
+    """
+    table, shape = table_of(q.device), class_of(q, k, v, masks)
+    if table is None or shape is None or not has_kernels(q, v):
+        return None
+    known = table.times.get((shape, singles))
+    if known is None and timings.mode() == "on":
+        try:
+            known = measure(q, k, v, scale, masks, shape, singles, seconds=seconds)
+        except RuntimeError as error:  # out of memory, for one
+            log.info("sparsify: %s could not be measured: %s", shape, error)
+        else:
+            table.add(known)
+    return known or table.near(shape, singles)
+
+
 def measure_layer(sizes: tuple[int, int, int, int, int, int], causal: bool, dtype: torch.dtype, device: torch.device,
                   singles: int, seconds: float = TUNE_SECONDS) -> Times:
     """`measure` on random tensors: batch, heads, KV heads, length, head dim, value dim; laid out as models do."""
