@@ -118,8 +118,8 @@ def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan 
 
 def site_shapes(graphs: Sequence[Sequence[SiteRecord]]) -> tuple[SiteShape, ...]:
     """What plans remember of the sites of a model's graphs."""
-    return tuple(SiteShape(graph, record.index, record.module, record.heads, record.kv_heads, record.head_dim,
-                           record.value_dim) for graph, records in enumerate(graphs) for record in records)
+    return tuple(SiteShape(graph, x.index, x.module, x.heads, x.kv_heads, x.head_dim, x.value_dim,
+                           x.mask.startswith("causal")) for graph, records in enumerate(graphs) for x in records)
 
 
 def default_plan(values: Sequence[Any]) -> Plan:

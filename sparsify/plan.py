@@ -124,6 +124,7 @@ class SiteShape:
     graph   number of the graph among those of the model: it may need several
     index   number of the site in its graph
     module  path of the module that it is in
+    causal  whether its queries see no later keys, in the call that was traced: for timing it, no part of what it is
     """
 
     graph: int
@@ -133,6 +134,7 @@ class SiteShape:
     kv_heads: int
     head_dim: int
     value_dim: int
+    causal: bool = False
 
     def is_like(self, other: "SiteShape") -> bool:
         """Whether both may be the same attention of a model: the module of one may be wrapped in others."""
@@ -419,11 +421,14 @@ def _gate_from_dict(where: str, data: Any) -> Gate:
                    "kinds": _object(f"{where}.kinds", data.get("kinds"))})
 
 
+_SITE_TYPES = {"module": str, "causal": bool}
+
+
 def _site_from_dict(i: int, data: Any) -> SiteShape:
     where, names = f"plan.graph[{i}]", {x.name for x in fields(SiteShape)}
     data = _object(where, data)
     _refuse_unknown(where, data, names)
-    wrong = [name for name in sorted(names) if not isinstance(data.get(name), str if name == "module" else int)]
+    wrong = [name for name in sorted(names) if not isinstance(data.get(name), _SITE_TYPES.get(name, int))]
     if wrong:
         raise PlanError(f"{where}.{wrong[0]} is {data.get(wrong[0])!r}. Write the plan anew.")
     return SiteShape(**data)

@@ -7,14 +7,15 @@ the model takes does not count: a gain is a share of the time of attention.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.kernels.masks import Masks
 from sparsify.ops import crossover
-from sparsify.plan import Budget
+from sparsify.plan import Budget, SiteShape
 from sparsify.timings import GAIN, Times
 
 LEAST_GAIN = 1 - GAIN
@@ -66,6 +67,22 @@ def observe(site: int, q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Mas
     small = crossover.class_of(q, k, v, masks) is None
     return SiteCall(site, k.shape[2], crossover.dense_seconds(q, k, v, masks), small,
                     {m: times for m, times in found.items() if times is not None})
+
+
+def calls_of_layers(sites: Sequence[SiteShape], length: int, singles: int, device: torch.device,
+                    dtype: torch.dtype) -> list[SiteCall]:
+    """The same for the sites of a plan, on random tensors: one call each, as many queries as keys."""
+    known: dict[tuple[int | bool, ...], SiteCall] = {}
+    calls = []
+    for site in sites:
+        layer = site.heads, site.kv_heads, site.head_dim, site.value_dim, site.causal
+        if 0 in layer[:4]:
+            continue
+        if layer not in known:
+            q, k, v, masks = crossover.random_layer((1, *layer[:2], length, *layer[2:4]), site.causal, dtype, device)
+            known[layer] = observe(site.index, q, k, v, site.head_dim ** -0.5, masks, (singles,))
+        calls.append(replace(known[layer], site=site.index))
+    return calls
 
 
 def gain(calls: Sequence[SiteCall], densities: Mapping[int, float], budget_of: Mapping[int, Budget]) -> float:

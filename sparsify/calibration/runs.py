@@ -25,6 +25,7 @@ from sparsify.calibration.samples import Window
 from sparsify.errors import ModelError, SampleError
 from sparsify.kernels.masks import Masks
 from sparsify.ops.counters import Totals
+from sparsify.ops.probing import Watch
 from sparsify.passes.site import SiteRecord
 from sparsify.plan import Bucket, Budget, Plan, SiteShape
 
@@ -125,6 +126,10 @@ class Runs:
 
         return [SiteCall.from_dict(x) for x in self.journal.get(look, "calls", self._shape(window))]
 
+    def watched(self, window: Window, trial: Trial, watch: Watch) -> None:
+        """Run a window once more, with somebody who sees the tensors of every call."""
+        self._run(window, trial, watch)
+
     def about(self, window: Window) -> Facts:
         """What the first window tells of the model. Raises ModelError, with each reason, if no site is adaptive."""
         def look() -> dict[str, Any]:
@@ -154,7 +159,7 @@ class Runs:
                 "densities": {str(site): totals.density(site) for site in totals.sites()}}
 
     def _run(self, window: Window, budget: Budget | Trial,
-             watch: Callable[..., None] | None = None) -> Any:
+             watch: Watch | None = None) -> Any:
         """The output of the model; NaN in a dense one is an error."""
         if self._call is None:
             self._call = compiled_call(self._subject._call_impl, self._compile, ADAPTIVE)

@@ -28,10 +28,12 @@ class Sample:
 
     inputs  what a sample may be: token ids [tokens] or [1, tokens], a string, a tensor, a tuple or a dict of inputs
     kind    of document: "prose", "code" ...; every kind must pass the gate by its mean, and counts in both shares
+    source  the text that it is a page of. Pages of few texts are alike: the plan says of how many
     """
 
     inputs: Any
     kind: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Document:
 
     name: str
     kind: str
+    source: str
     tokens: Tensor | None = None
     arguments: tuple[Any, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
@@ -145,7 +148,8 @@ def _is_held_out(place: int, holdout: float) -> bool:
 
 
 def _document(sample: Any, number: int, encode: Callable[[str], Tensor] | None, longest: int) -> Document:
-    inputs, kind = (sample.inputs, sample.kind) if isinstance(sample, Sample) else (sample, "")
+    sample = sample if isinstance(sample, Sample) else Sample(sample)
+    inputs, kind = sample.inputs, sample.kind
     if isinstance(inputs, str):
         if encode is None:
             raise SampleError(f"samples[{number}] is a string and there is no tokenizer. Give tokenizer=, or token "
@@ -155,14 +159,16 @@ def _document(sample: Any, number: int, encode: Callable[[str], Tensor] | None, 
     if tokens is not None:
         name = _hash([tokens])
         start = int(name[:8], 16) % (len(tokens) - longest + 1) if len(tokens) > longest else 0
-        return Document(name, kind, tokens[start:start + longest].detach().cpu().clone())
+        return Document(name, kind, sample.source or name, tokens[start:start + longest].detach().cpu().clone())
     if isinstance(inputs, Mapping):
-        return Document(_hash(dict(inputs)), kind, None, (), dict(inputs))
+        name = _hash(dict(inputs))
+        return Document(name, kind, sample.source or name, None, (), dict(inputs))
     arguments = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     if not any(isinstance(x, Tensor) for x in _leaves(list(arguments))):
         raise SampleError(f"samples[{number}] is a {type(inputs).__name__} without a tensor. Give token ids, a string, "
                           "a tensor, a tuple or a dict of inputs, or a Sample of one.")
-    return Document(_hash(list(arguments)), kind, None, arguments)
+    name = _hash(list(arguments))
+    return Document(name, kind, sample.source or name, None, arguments)
 
 
 def _tokens(inputs: Any) -> Tensor | None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import timings
+from sparsify.calibration.buckets import MOST_BUCKETS, assemble, bucket_of
 from sparsify.calibration.gains import LEAST_GAIN, gain
 from sparsify.calibration.gate import CONFIDENCE, Judgement, judge, t_quantile, upper_bound
 from sparsify.calibration.journal import Journal, digest
@@ -48,7 +49,6 @@ from sparsify.plan import DEFAULT_TOLERANCE, Bucket, Budget, Gate, Plan, graph_h
 
 LENGTHS = {"cpu": (512, 1024, 2048, 4096, 8192), "cuda": (512, 1024, 2048, 4096, 8192, 16384, 32768)}
 """Lengths calibrated by default, per device type, as far as model and documents reach."""
-MOST_BUCKETS = 6
 
 GRID = tuple(float(f"{0.0025 * 2 ** (i / 2):.3g}") for i in range(15))
 """Tolerances, two a doubling: 0.0025 to 0.32."""
@@ -56,6 +56,8 @@ LADDERS = ((1.0, 2 ** -0.25, 2 ** -0.5), (2 ** -1.0, 2 ** -1.5, 2 ** -2.0))
 """What is judged, as factors on the chosen tolerance; the second only if nothing in the first passes."""
 STEEPNESS = 1.5  # of log error over log tolerance, where there is but one point: 1.2 to 2 on models measured
 SCATTER = 0.5  # standard deviation over mean between documents, where there are too few to tell
+VARIANT_SINGLES = (2, 12)
+FEW_DOCUMENTS = 10
 NOTHING_DROPPED = 0.9  # density from which on no machine gains
 LEAST_IMPROVEMENT = 0.95  # of the error at equal time, for a variant to be worth a budget of its own
 TINY = 1e-9  # an error below is none: logarithms are taken of it
@@ -93,21 +95,33 @@ def calibrate(model: nn.Module, samples: Iterable[Any], *, max_error: float = 0.
     Raises SampleError, ModelError, DeviceError, OptionError.
     """
     device, dtype = _check(model, max_error, metric, lengths, holdout)
+    if out is not None and Path(out).is_dir():
+        raise OptionError(f"out is {str(out)!r}, a folder. Give the path of a plan file.")
     journal_path = None if out is None else Path(out).with_suffix(".journal.jsonl")
     journal = Journal(journal_path, _settings(model, metric, device, dtype))
     wanted = _lengths(lengths, model, device)
     most = {length: sum(_most(device, share, length) for share in ("choosers", "judges")) * 4 for length in wanted}
     documents = read_documents(samples, _encoder(model, tokenizer), wanted, most)
     with measuring(model):
-        search = _Search(Runs(model, metric, journal, device, [6, *_variant_singles()]), documents, max_error, holdout,
-                         progress, device)
+        runs = Runs(model, metric, journal, device, (Budget.singles, *VARIANT_SINGLES))
+        search = _Search(runs, documents, max_error, holdout, progress, device)
         plan = search.run(wanted, exact=lengths is not None)
-    facts = {"graph": graph_hash(plan.graph), "device": device_name(device), "device_type": device.type,
-             "dtype": str(dtype).removeprefix("torch."), **timings.versions()}
-    plan = replace(plan, fingerprint=facts)
+    plan = replace(plan, fingerprint={"graph": graph_hash(plan.graph), **fingerprint(device, dtype)})
     if out is not None:
         plan.save(out)
     return plan
+
+
+def fingerprint(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Where a plan is measured, its graph aside: device, dtype, torch, triton, and a digest of kernels and ops."""
+    return {"device": device_name(device), "device_type": device.type, "dtype": str(dtype).removeprefix("torch."),
+            **timings.versions()}
+
+
+def default_lengths(model: nn.Module, device: torch.device) -> list[int]:
+    """LENGTHS of the device, as far as the positions of the model reach."""
+    most = _positions(model)
+    return [length for length in LENGTHS[device.type] if length <= most] or [int(most)]
 
 
 @dataclass(frozen=True)
@@ -150,12 +164,10 @@ class _Search:
         self.tell = Progress(self.progress, [x.length for x in lengths], planned, self.runs.seconds)
         for place, length in enumerate(lengths):
             self.tell.enter(place)
-            gate = self._calibrate(length)
-            keeps = gate.passed and gate.gain >= LEAST_GAIN
-            self.decided.append(Bucket(length.lo, length.length + 1, gate.budget if keeps else Budget.dense(),
-                                       gate.sites if keeps else {}, (gate,)))
-            self.tell.say(f"[{place + 1}/{len(lengths)}] {length.length} keys: {self.decided[-1].budget}; {gate}")
-        return Plan(tuple(_at_most(_fill(self.decided), MOST_BUCKETS)), name="calibrated",
+            self.decided.append(bucket_of(self._calibrate(length), length.lo - 1))
+            self.tell.say(f"[{place + 1}/{len(lengths)}] {length.length} keys: {self.decided[-1].budget}; "
+                          f"{self.decided[-1].gates[0]}")
+        return Plan(assemble(self.decided), name="calibrated",
                     calibration=self._summary(lengths), graph=self.facts.graph)
 
     def _of_texts(self, wanted: Sequence[int], exact: bool) -> list[_Length]:
@@ -227,8 +239,8 @@ class _Search:
         if _mean_density(densities) >= NOTHING_DROPPED:  # no time on judging: no machine gains here
             evidence = judge([x.evidence(w.kind) for w, x in zip(choosers, points[most], strict=True)],
                              self.max_error, self.check_loss)
-            return self._gate(length, Budget(most), {}, evidence, densities, passed=False,
-                              why="dense: next to nothing can be dropped; not judged on held-out documents")
+            return self._gate(length, Budget(most), {}, evidence, densities, False, {},
+                              "next to nothing can be dropped: not judged on held-out documents")
         if gain(calls, densities, _budgets(calls, Budget(most), {})) < LEAST_GAIN:  # other machines may: one rung
             plain = _Choice(Budget(_rounded(tolerance)), {}, {})
             return self._judge(length, plain, (LADDERS[0][-1:], *LADDERS[1:]))
@@ -313,7 +325,7 @@ class _Search:
         """Variants by name. A site that gains nothing here may as well be dense, and spend no error."""
         budget, dense = Budget(tolerance), Budget.dense()
         found: dict[str, tuple[Budget, Mapping[int, Budget]]] = {
-            f"singles {m}": (replace(budget, singles=m), {}) for m in _variant_singles()}
+            f"singles {m}": (replace(budget, singles=m), {}) for m in VARIANT_SINGLES}
         found["local 2"] = replace(budget, local=2), {}
         sites = sorted({call.site for call in calls})
         found["first site dense"] = budget, {sites[0]: dense}
@@ -346,21 +358,45 @@ class _Search:
                 break
         assert last is not None  # ladders have rungs
         budget, verdict, densities = last
-        return self._gate(length, budget, choice.sites, verdict, densities, verdict.passed, tried=choice.tried)
+        note = ""
+        if verdict.passed:
+            capped, note = self._holds_below(length, budget, choice.sites)
+            if capped != budget:  # more exact: it passes all the more
+                results = [self.runs.results(x, [self._trial(length, capped, choice.sites)])[0] for x in judges]
+                budget, densities = capped, _mean_densities(results)
+                verdict = judge([x.evidence(w.kind) for w, x in zip(judges, results, strict=True)], self.max_error,
+                                self.check_loss)
+        return self._gate(length, budget, choice.sites, verdict, densities, verdict.passed, choice.tried, note)
+
+    def _holds_below(self, length: _Length, budget: Budget, sites: Mapping[int, Budget]) -> tuple[Budget, str]:
+        """The budget, or the shorter length's tolerance where that is smaller and the bucket's short end needs it.
+
+        Error falls with the length at one tolerance, so what passed at the long end holds at the short one; where the
+        next shorter length had to be more exact, held-out windows of the short end decide.
+        """
+        before = self.decided[-1].gates[0] if self.decided else None
+        least = (before.budget.tolerance or 0.0) if before is not None and before.length == length.lo - 1 else inf
+        if least >= (budget.tolerance or 0.0):
+            return budget, ""
+        judges = [] if length.shares.judges[0].ids is None else windows_of(self.documents, self.held, length.lo).judges
+        trial = self._trial(length, budget, sites)
+        evidence = [self.runs.results(x, [trial])[0].evidence(x.kind) for x in judges[:len(length.shares.judges)]]
+        self.tell.step("judging the short end of the bucket", 2 * len(evidence))
+        if len(evidence) >= LEAST_JUDGES and judge(evidence, self.max_error, self.check_loss).passed:
+            return budget, f"; held at {length.lo} keys too"
+        return replace(budget, tolerance=least), f"; {before.length if before else 0} keys need it as exact"
 
     def _gate(self, length: _Length, budget: Budget, sites: Mapping[int, Budget], verdict: Judgement,
-              densities: Mapping[int, float], passed: bool, why: str = "", tried: Mapping[str, float] | None = None,
-              ) -> Gate:
+              densities: Mapping[int, float], passed: bool, tried: Mapping[str, float], note: str) -> Gate:
         calls = self._calls_of(length)
         saved = gain(calls, densities, _budgets(calls, budget, sites))
-        if not why:
-            why = ("dense: " + "; ".join(verdict.failures) if not passed else
-                   f"dense here: the gain is below {LEAST_GAIN:.0%}" if saved < LEAST_GAIN else "sparse")
-            if verdict.documents < 10:
-                why += f"; {verdict.documents} documents make a wide bound"
-            if tried:
-                why += "; error at equal time: " + ", ".join(f"{name} {ratio:g}x" for name, ratio in tried.items())
+        notes = [*verdict.failures, note.removeprefix("; ")]
+        if verdict.documents < FEW_DOCUMENTS:
+            notes.append(f"{verdict.documents} documents make a wide bound")
+        if tried:
+            notes.append("error at equal time: " + ", ".join(f"{name} {ratio:g}x" for name, ratio in tried.items()))
         inside = {call.site for call in calls}
+        why = "; ".join(filter(None, notes))
         densities = {site: float(f"{x:.6g}") for site, x in sorted(densities.items()) if site in inside}
         return Gate(
             length=length.length, budget=budget, passed=passed, documents=verdict.documents, mean=verdict.mean,
@@ -379,13 +415,10 @@ class _Search:
         return {
             "metric": NAMES[self.facts.metric], "max_error": self.max_error, "confidence": CONFIDENCE,
             "bound": "one-sided, Student's t over documents, each bucket by itself", "holdout": self.holdout,
-            "documents": kinds, "judges": {str(x.length): len(x.shares.judges) for x in lengths},
+            "documents": kinds, "texts": len({x.source for x in self.documents}),
+            "judges": {str(x.length): len(x.shares.judges) for x in lengths},
             "samples": digest(sorted(x.name for x in self.documents))[:12],
         }
-
-
-def _variant_singles() -> tuple[int, ...]:
-    return 2, 12
 
 
 def _settings(model: nn.Module, metric: Metric, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -394,8 +427,7 @@ def _settings(model: nn.Module, metric: Metric, device: torch.device, dtype: tor
     name = metric if isinstance(metric, str) else [
         getattr(metric, "__module__", ""), getattr(metric, "__qualname__", type(metric).__name__),
         code.co_code.hex() if code is not None else ""]
-    return {"model": _weights_hash(model), "metric": name, "device": device_name(device), "dtype": str(dtype),
-            **timings.versions()}
+    return {"model": _weights_hash(model), "metric": name, **fingerprint(device, dtype)}
 
 
 def _weights_hash(model: nn.Module) -> str:
@@ -437,13 +469,17 @@ def _check(model: nn.Module, max_error: float, metric: Metric, lengths: Sequence
 
 
 def _lengths(lengths: Sequence[int] | None, model: nn.Module, device: torch.device) -> list[int]:
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None) or inf
     if lengths is None:
-        return [length for length in LENGTHS[device.type] if length <= most] or [int(most)]
+        return default_lengths(model, device)
+    most = _positions(model)
     if max(lengths) > most:
         raise OptionError(f"lengths holds {max(lengths)} and the model has {most} positions. Give lengths up to "
                           f"{most}.")
     return sorted(set(lengths))
+
+
+def _positions(model: nn.Module) -> float:
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None) or inf
 
 
 def _encoder(model: nn.Module, tokenizer: Any) -> Callable[[str], Tensor]:
@@ -506,35 +542,3 @@ def _rounded(tolerance: float) -> float:
 
 def _budgets(calls: Sequence[Any], budget: Budget, sites: Mapping[int, Budget]) -> dict[int, Budget]:
     return {call.site: sites.get(call.site, budget) for call in calls}
-
-
-def _fill(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Buckets that touch: dense below and between; the last without end."""
-    filled: list[Bucket] = []
-    end = 1
-    for bucket in buckets:
-        if bucket.lo > end:
-            filled.append(Bucket(end, bucket.lo, Budget.dense()))
-        filled.append(bucket)
-        end = bucket.hi or end
-    filled[-1] = replace(filled[-1], hi=None)
-    return filled
-
-
-def _at_most(buckets: Sequence[Bucket], most: int) -> list[Bucket]:
-    """Equal neighbours joined, then those that differ least, under the more exact budget of the two."""
-    joined = list(Plan(tuple(buckets)).merged().buckets)
-    while len(joined) > most:
-        costs = [_difference(before, after) for before, after in zip(joined, joined[1:], strict=False)]
-        place = costs.index(min(costs))
-        before, after = joined[place:place + 2]
-        exact = min((before, after), key=lambda x: x.budget.tolerance or 0.0)
-        joined[place:place + 2] = [replace(exact, lo=before.lo, hi=after.hi, gates=(*before.gates, *after.gates))]
-    return joined
-
-
-def _difference(before: Bucket, after: Bucket) -> float:
-    """How much joining two buckets gives away: the ratio of their tolerances."""
-    if before.budget.is_dense or after.budget.is_dense:
-        return inf
-    return abs(log(max(before.budget.tolerance or 0, TINY) / max(after.budget.tolerance or 0, TINY)))

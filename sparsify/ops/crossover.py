@@ -142,7 +142,18 @@ def times_for(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, singl
 
 def measure_layer(sizes: tuple[int, int, int, int, int, int], causal: bool, dtype: torch.dtype, device: torch.device,
                   singles: int, seconds: float = TUNE_SECONDS) -> Times:
-    """`measure` on random tensors: batch, heads, KV heads, length, head dim, value dim; laid out as models do."""
+    """`measure` on random tensors, see `random_layer`."""
+    q, k, v, masks = random_layer(sizes, causal, dtype, device)
+    shape = class_of(q, k, v, masks)
+    if shape is None:
+        raise RuntimeError(f"{sizes[3]} keys of {dtype} are never timed")
+    with torch.inference_mode():
+        return measure(q, k, v, sizes[4] ** -0.5, masks, shape, singles, seconds=seconds)
+
+
+def random_layer(sizes: tuple[int, int, int, int, int, int], causal: bool, dtype: torch.dtype,
+                 device: torch.device) -> tuple[Tensor, Tensor, Tensor, Masks]:
+    """q, k, v, laid out as models do, and masks; sizes: batch, heads, KV heads, length, head dim, value dim."""
     batch, heads, kv_heads, length, head_dim, value_dim = sizes
     generator = torch.Generator(device).manual_seed(length)
 
@@ -150,12 +161,7 @@ def measure_layer(sizes: tuple[int, int, int, int, int, int], causal: bool, dtyp
         return torch.randn(batch, length, heads, dim, generator=generator, device=device, dtype=dtype).transpose(1, 2)
 
     q, k, v = normal(heads, head_dim), normal(kv_heads, head_dim), normal(kv_heads, value_dim)
-    masks = Masks(0 if causal else None)
-    shape = class_of(q, k, v, masks)
-    if shape is None:
-        raise RuntimeError(f"{length} keys of {dtype} are never timed")
-    with torch.inference_mode():
-        return measure(q, k, v, head_dim ** -0.5, masks, shape, singles, seconds=seconds)
+    return q, k, v, Masks(0 if causal else None)
 
 
 def table_of(device: torch.device) -> Table | None:
