@@ -9,7 +9,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class Facts:
 
 
 class Subject(nn.Module):
-    """A model that stays as it is; compiling this compiles no more."""
+    """A model that stays as it is; compiling this compiles no more. Its modules are found below `model`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -137,7 +137,8 @@ class Runs:
             self._refuse_without_sites()
             distinct = {repr(site_shapes([records])): records for records in self._graphs if records}
             taken = [x for records in distinct.values() for x in records if x.outcome != "refused"]
-            return {"metric": name, "graph": [vars(x) for x in site_shapes(list(distinct.values()))],
+            graph = [replace(x, module=x.module.removeprefix("model.")) for x in site_shapes(list(distinct.values()))]
+            return {"metric": name, "graph": [vars(x) for x in graph],
                     "causal": all(record.mask.startswith("causal") for record in taken)}
 
         facts = self.journal.get(look, "about")

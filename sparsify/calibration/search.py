@@ -60,6 +60,8 @@ VARIANT_SINGLES = (2, 12)
 FEW_DOCUMENTS = 10
 NOTHING_DROPPED = 0.9  # density from which on no machine gains
 LEAST_IMPROVEMENT = 0.95  # of the error at equal time, for a variant to be worth a budget of its own
+LEAST_ERROR = 0.05  # of max_error: below, the errors of two budgets are both next to nothing
+MOST_SHIFT = log(2.0)  # by which a variant may move the tolerance beyond what the plain budget showed
 TINY = 1e-9  # an error below is none: logarithms are taken of it
 
 # Documents of each share at most: as many as these tokens hold, between the bounds. One length takes about 65 runs on a
@@ -300,8 +302,8 @@ class _Search:
         base_time, other_time = seconds(base, Budget(at), {}), seconds(other, Budget(others[0]), {})
         rise = statistics.fmean(errors(other)) - statistics.fmean(errors(base))
         slope = rise / (other_time - base_time) if other_time != base_time else 0.0
-        if not slope < 0:
-            return plain  # more time does not mean less error here: nothing to compare at
+        if not slope < 0 or _mean_error(base) < LEAST_ERROR * self.max_error:
+            return plain  # more time does not mean less error here, or there is none: nothing to compare at
         proposed = self._proposals(calls, _mean_densities([points[at][i] for i in proposers]), at)
         trials = [self._trial(length, *x) for x in proposed.values()]
         results = [self.runs.results(window, trials) for window in windows]
@@ -314,10 +316,12 @@ class _Search:
                       for ours, plain_error in zip(errors(mine), errors(base), strict=True)]
             mean = statistics.fmean(ratios)
             tried[name] = float(f"{exp(mean):.3g}")
-            if mean < min(best, log(LEAST_IMPROVEMENT)) and upper_bound(ratios) < 0:
+            is_near = abs(time - base_time) <= 2 * abs(other_time - base_time)  # else its time is extrapolated to
+            if is_near and mean < min(best, log(LEAST_IMPROVEMENT)) and upper_bound(ratios) < 0:
                 shift = (statistics.fmean(errors(base)) - statistics.fmean(errors(mine))) / steepness
+                shift = max(-MOST_SHIFT, min(MOST_SHIFT, shift))
                 best = mean
-                choice = _Choice(replace(budget, tolerance=_rounded(tolerance * exp(shift))), sites, {})
+                choice = _Choice(replace(budget, tolerance=_rounded(min(GRID[-1], tolerance * exp(shift)))), sites, {})
         return replace(choice, tried=tried)
 
     def _proposals(self, calls: Sequence[Any], densities: Mapping[int, float],
