@@ -1,4 +1,4 @@
-"""The issue [budgets], calibration: `sparsify calibrate` from nothing, its time and peak memory, and what its gates say.
+"""The issue [budgets], calibration: time and peak memory of `sparsify calibrate` from nothing, and what its gates say.
 
     python -m benchmarks.calibration                               the shipped model on its held-out text
     python -m benchmarks.calibration --model PATH --lengths 512,1024,2048,4096 --name smollm2

@@ -112,9 +112,11 @@ class Gate:
 
     def __str__(self) -> str:
         loss = "" if self.rise is None else f", loss {self.rise:+.3f} % (at most {self.rise_upper:+.3f} %)"
-        return (f"at {self.length}: {self.budget} {'passed' if self.passed else 'did not pass'}, {self.mean:.2g} (at most "
-                f"{self.upper:.2g}, {self.documents} documents){loss}, density {self.density:.3f}, "
-                f"{'' if self.timed else 'estimated '}gain {self.gain:.0%}; {self.why}")
+        verdict = "passed" if self.passed else "did not pass"
+        return (f"at {self.length}: {self.budget} {verdict}, {self.mean:.2g} (at most {self.upper:.2g}, "
+                f"{self.documents} documents){loss}, density {self.density:.3f}, "
+                f"{'' if self.timed else 'estimated '}gain {self.gain:.0%}"
+                + (f"; {self.why}" if self.why else ""))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ SECONDS_BETWEEN = 10.0
 class Progress:
     """Tells steps, each with the time that is left: runs to come, each as long as runs of that length took so far."""
 
-    def __init__(self, progress: bool | Callable[[str], None], lengths: Sequence[int], runs_of_length: Sequence[int],
+    def __init__(self, tell: Callable[[str], None], lengths: Sequence[int], runs_of_length: Sequence[int],
                  seconds_of: Callable[[int], float | None]) -> None:
-        self._tell = progress if callable(progress) else _to_stderr() if progress else lambda line: None
+        self._tell = tell
         self._lengths, self._planned, self._seconds_of = list(lengths), list(runs_of_length), seconds_of
         self._place, self._done = 0, 0
 
@@ -29,9 +29,10 @@ class Progress:
         rest = "" if not seconds else f", about {_say(seconds)} left"
         self._tell(f"[{self._place + 1}/{len(self._lengths)}] {self._lengths[self._place]} keys: {what}{rest}")
 
-    def say(self, line: str) -> None:
-        """A line by itself."""
-        self._tell(line)
+
+def teller(progress: bool | Callable[[str], None]) -> Callable[[str], None]:
+    """What tells a line, from what a caller may give as `progress`."""
+    return progress if callable(progress) else _to_stderr() if progress else lambda line: None
 
 
 def _to_stderr() -> Callable[[str], None]:

@@ -30,7 +30,7 @@ from sparsify.calibration.gains import LEAST_GAIN, gain
 from sparsify.calibration.gate import CONFIDENCE, Judgement, judge, t_quantile, upper_bound
 from sparsify.calibration.journal import Journal, digest
 from sparsify.calibration.metrics import NAMES, Metric
-from sparsify.calibration.progress import Progress
+from sparsify.calibration.progress import Progress, teller
 from sparsify.calibration.runs import Result, Runs, Trial
 from sparsify.calibration.samples import (
     LEAST_CHOOSERS,
@@ -152,7 +152,7 @@ class _Search:
         self.runs, self.documents, self.max_error, self.device = runs, documents, max_error, device
         self.holdout = holdout
         self.held = held_out(documents, holdout)
-        self.progress = progress
+        self.say = teller(progress)
         self.decided: list[Bucket] = []
 
     def run(self, wanted: Sequence[int], exact: bool) -> Plan:
@@ -163,11 +163,11 @@ class _Search:
         self.facts = self.runs.about(first)
         self.check_loss = self.facts.metric == "kl" and self.facts.causal
         planned = [7 * len(x.shares.choosers) + 5 * len(x.shares.judges) for x in lengths]
-        self.tell = Progress(self.progress, [x.length for x in lengths], planned, self.runs.seconds)
+        self.tell = Progress(self.say, [x.length for x in lengths], planned, self.runs.seconds)
         for place, length in enumerate(lengths):
             self.tell.enter(place)
             self.decided.append(bucket_of(self._calibrate(length), length.lo - 1))
-            self.tell.say(f"[{place + 1}/{len(lengths)}] {length.length} keys: {self.decided[-1].budget}; "
+            self.say(f"[{place + 1}/{len(lengths)}] {length.length} keys: {self.decided[-1].budget}; "
                           f"{self.decided[-1].gates[0]}")
         return Plan(assemble(self.decided), name="calibrated",
                     calibration=self._summary(lengths), graph=self.facts.graph)
@@ -181,6 +181,7 @@ class _Search:
                 if exact:
                     self._refuse(length, shares)
                 continue
+            self.say(f"compiling the model, and timing its layers at {length} tokens")
             keys = max(call.kv_len for call in self._calls(shares.choosers[0]))
             found.append(_Length(keys, shares, max(last + 1, keys // 2 + 1)))
             last = keys
@@ -190,6 +191,7 @@ class _Search:
 
     def _of_inputs(self, wanted: Sequence[int] | None) -> list[_Length]:
         """The key lengths that whole inputs make, a bucket a doubling from the longest down; or those asked for."""
+        self.say("compiling the model, and timing its layers")
         shares = windows_of(self.documents, self.held, 0)
         meets = {window.name: {call.kv_len for call in self._calls(window)}
                  for window in (*shares.choosers, *shares.judges)}

@@ -20,8 +20,9 @@ def call(rng, device):
     q, k, v = (torch.randn(1, heads, LENGTH, 16, generator=rng, device=device) for heads in (4, 2, 2))
 
     def attend(budget: Budget, site: int = 5):
-        return ops.adaptive_attention(q, k, v, 0.25, 0, None, None, None, None, None, 0.0, None, budget.tolerance or 0.0,
-                                      budget.max_density, budget.sinks, budget.local, budget.singles, site, ops.VERSION)
+        numbers = budget.tolerance or 0.0, budget.max_density, budget.sinks, budget.local, budget.singles
+        return ops.adaptive_attention(q, k, v, 0.25, 0, None, None, None, None, None, 0.0, None, *numbers, site,
+                                      ops.VERSION)
 
     return attend
 
