@@ -127,7 +127,8 @@ class _Rewriter:
                     new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
                 else:
                     new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
-                               budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION)
+                               budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION,
+                               **({} if budget.peaks is None else {"peaks": budget.peaks}))
             new.meta = {**old.meta, "val": new.meta["val"]}
             made = self.gained(site, new, "output")
         self.replaced[old] = self.as_before(made, site)

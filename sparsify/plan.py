@@ -35,6 +35,8 @@ class Budget:
     sinks        first key blocks that are always kept
     local        key blocks before the diagonal that are always kept
     singles      surprising keys that a split summary keeps single (m)
+    peaks        density x keys x tolerance, as calibration measured it: hardly changes with the length, and tells the
+                 ops which density to reckon with when they decide whether selection pays. None: they guess high
     """
 
     tolerance: float | None
@@ -42,6 +44,7 @@ class Budget:
     sinks: int = 1
     local: int = 1
     singles: int = 6
+    peaks: float | None = None
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not (_is_number(self.tolerance) and 0 <= self.tolerance <= 1):
@@ -49,6 +52,8 @@ class Budget:
                             "give a number from 0 to 1, or null for dense.")
         if not (_is_number(self.max_density) and 0 < self.max_density <= 1):
             raise PlanError(f"budget.max_density is {self.max_density!r}. Give a share above 0 and up to 1.")
+        if self.peaks is not None and not (_is_number(self.peaks) and self.peaks > 0):
+            raise PlanError(f"budget.peaks is {self.peaks!r}. Give a number above 0, or leave it out.")
         for name, least, most in (("sinks", 0, 64), ("local", 0, 64), ("singles", 1, 16)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -65,13 +70,15 @@ class Budget:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as a plan file holds it."""
-        return {"tolerance": None} if self.is_dense else asdict(self)
+        if self.is_dense:
+            return {"tolerance": None}
+        return {name: value for name, value in asdict(self).items() if name != "peaks" or value is not None}
 
     def __str__(self) -> str:
         if self.is_dense:
             return "dense"
         others = "".join(f", {x.name} {getattr(self, x.name)}" for x in fields(self)[1:]
-                         if getattr(self, x.name) != x.default)
+                         if x.name != "peaks" and getattr(self, x.name) != x.default)
         return f"tolerance {self.tolerance:g}{others}"
 
 
@@ -375,7 +382,7 @@ def _is_number(value: Any) -> bool:
 def _budget_from_dict(where: str, data: Any) -> Budget:
     if not isinstance(data, Mapping) or "tolerance" not in data:
         raise PlanError(f"{where} is {data!r}. It must be an object with the key 'tolerance'.")
-    _refuse_unknown(where, data, {"tolerance", "max_density", "sinks", "local", "singles"})
+    _refuse_unknown(where, data, {x.name for x in fields(Budget)})
     try:
         return Budget(**data)
     except PlanError as error:

@@ -223,8 +223,13 @@ def lower_end(size: int) -> int:
     return power + power // 2 if size >= power + power // 2 else power
 
 
-def expected_density(keys: int, tolerance: float) -> float:
-    """The density to reckon with, before anything is selected: a high guess, since a wrong one must not cost time."""
+def expected_density(keys: int, tolerance: float, peaks: float = 0.0) -> float:
+    """The density to reckon with, before anything is selected: a high guess, since a wrong one must not cost time.
+
+    peaks: what calibration measured in place of PEAKS; 0.0: nothing.
+    """
+    if peaks:
+        return min(1.0, peaks / max(keys * tolerance, peaks))
     return min(1.0, max(LEAST_DENSITY, PEAKS / max(keys * tolerance, PEAKS)))
 
 

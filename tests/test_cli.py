@@ -127,7 +127,7 @@ def test_plan_diff(calibrated, files):
     other = run("plan", "diff", files / "plan.json", files / "calibrated.json")
     assert other.exit_code == 1
     assert f"[1, {EDGE}): " not in other.stdout  # dense in both
-    assert "[256, 257), site 1: tolerance 0.05 -> dense" in other.stdout
+    assert f"[{EDGE}, inf): tolerance 0.05 -> dense" in other.stdout
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

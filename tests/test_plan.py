@@ -19,7 +19,8 @@ GATE = Gate(4096, Budget(0.02, singles=2), True, 8, 0.1 + 0.2, 1 / 3, 0.4, 0.25,
             0.2, {"code": 0.3}, {0: 1.0, 11: 0.4})
 GRAPH = tuple(SiteShape(0, i, f"model.layers.{i}.self_attn", 9, 3, 64, 64, True) for i in range(3))
 CALIBRATED = Plan(
-    (Bucket(1, 2049, DENSE), Bucket(2049, 4097, GATE.budget, {0: DENSE}, (GATE,), {"0.95": {"shifts": [1.5, 2.0]}}),
+    (Bucket(1, 2049, DENSE),
+     Bucket(2049, 4097, replace(GATE.budget, peaks=33.5), {0: DENSE}, (GATE,), {"0.95": {"shifts": [1.5, 2.0]}}),
      Bucket(4097, None, Budget(0.01))),
     name="calibrated", fingerprint={"graph": graph_hash(GRAPH), "device": "cpu"},
     calibration={"metric": "kl", "documents": {"": 12}}, graph=GRAPH,
@@ -154,7 +155,7 @@ def test_a_plan_comes_from_whatever_a_caller_has(tmp_path):
 @pytest.mark.parametrize(("field", "value"), [
     ("tolerance", -0.1), ("tolerance", 1.1), ("tolerance", float("nan")), ("tolerance", "0.1"), ("tolerance", True),
     ("max_density", 0), ("max_density", 1.5), ("sinks", -1), ("sinks", 1.0), ("local", 65), ("singles", 0),
-    ("singles", 17), ("singles", True),
+    ("singles", 17), ("singles", True), ("peaks", 0), ("peaks", "1"),
 ])
 def test_a_budget_out_of_range_names_field_and_value(field, value):
     with pytest.raises(PlanError, match=f"budget.{field} is {value!r}"):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, log
+from statistics import fmean
 
 import torch
 
@@ -16,8 +17,8 @@ MOST_BUCKETS = 6
 def bucket_of(gate: Gate, last: int) -> Bucket:
     """The bucket that a gate decides: from half its length, or behind the `last` length before it, to its length."""
     keeps = gate.passed and gate.gain >= LEAST_GAIN
-    return Bucket(max(last + 1, gate.length // 2 + 1), gate.length + 1, gate.budget if keeps else Budget.dense(),
-                  gate.sites if keeps else {}, (gate,))
+    return Bucket(max(last + 1, gate.length // 2 + 1), gate.length + 1,
+                  _with_peaks(gate.budget, gate) if keeps else Budget.dense(), gate.sites if keeps else {}, (gate,))
 
 
 def assemble(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
@@ -55,6 +56,14 @@ def remeasure(plan: Plan, device: torch.device, dtype: torch.dtype) -> Plan:
             bucket = replace(bucket, bounds=before.bounds)
         buckets.append(bucket)
     return replace(plan, buckets=assemble(buckets))
+
+
+def _with_peaks(budget: Budget, gate: Gate) -> Budget:
+    """The budget with what the ops need to reckon with its density: that of the sites that are not dense."""
+    kept = [density for site, density in gate.densities.items() if not gate.sites.get(site, budget).is_dense]
+    if not kept or not budget.tolerance:
+        return budget
+    return replace(budget, peaks=float(f"{fmean(kept) * gate.length * budget.tolerance:.4g}"))
 
 
 def _at_most(buckets: Sequence[Bucket], most: int) -> list[Bucket]:

@@ -45,14 +45,16 @@ def _(q, k, v, kept, counts, scale, causal_offset, window, key_mask, query_docum
 def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset: int | None, window: int | None,
                        key_mask: Tensor | None, query_documents: Tensor | None, key_documents: Tensor | None,
                        attn_mask: Tensor | None, softcap: float, sink_logits: Tensor | None, tolerance: float,
-                       max_density: float, sinks: int, local: int, singles: int, site: int, version: int) -> Tensor:
+                       max_density: float, sinks: int, local: int, singles: int, site: int, version: int,
+                       peaks: float = 0.0) -> Tensor:
     """Attention that drops the key blocks to which no query of a query block gives `tolerance` of its attention.
 
     A call for which selection would not pay runs exact: few heads, short sequences (`crossover.selection_pays`).
     While somebody probes (`sparsify.ops.probing`), the probe's budget holds in place of the arguments.
 
     Shapes and masks as in `sparsify.ops`, the budget as in `select_blocks`. `site` names the attention site to
-    `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls. Returns out
+    `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls; `peaks` (see
+    `sparsify.Budget`; 0.0: not known) tells what density to reckon with. Returns out
     [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError.
     """
     masks = check_inputs(q, k, v, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
@@ -60,7 +62,8 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
     check_tolerance(tolerance)
     probe = probing.active()
     if probe is None:
-        drops = has_kernels(q, v) and crossover.selection_pays(q, k, v, scale, masks, tolerance, singles)
+        drops = has_kernels(q, v) and crossover.selection_pays(q, k, v, scale, masks, tolerance, singles,
+                                                                   peaks)
     else:
         if probe.watch is not None:
             probe.watch(site, q, k, v, scale, masks)
@@ -80,7 +83,7 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
 
 @adaptive_attention.register_fake
 def _(q, k, v, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits,
-      tolerance, max_density, sinks, local, singles, site, version):
+      tolerance, max_density, sinks, local, singles, site, version, peaks=0.0):
     return _empty_out(q, v)
 
 

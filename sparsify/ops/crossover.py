@@ -74,8 +74,11 @@ def exact_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) ->
 
 
 def selection_pays(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, tolerance: float,
-                   singles: int) -> bool:
-    """Whether sparse attention may be expected to be faster than exact, for calls that our kernels take."""
+                   singles: int, peaks: float = 0.0) -> bool:
+    """Whether sparse attention may be expected to be faster than exact, for calls that our kernels take.
+
+    peaks: see `sparsify.Budget`; 0.0: not known.
+    """
     table = _usable_table(q)
     shape = None if table is None else class_of(q, k, v, masks)
     if table is None or shape is None:
@@ -88,7 +91,7 @@ def selection_pays(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, 
     if break_even is None:
         return _pays_by_constants(q, k, v, masks)
     keys = k.shape[2] if masks.window is None else max(1, min(masks.window, k.shape[2]))
-    return break_even >= timings.expected_density(keys, tolerance)
+    return break_even >= timings.expected_density(keys, tolerance, peaks)
 
 
 def class_of(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> ShapeClass | None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import sparsify
+from sparsify import timings
 from sparsify.calibration import gains
 from sparsify.calibration.buckets import assemble, remeasure
 from sparsify.calibration.journal import Journal
@@ -60,6 +61,15 @@ def test_buckets_end_at_their_lengths_and_nothing_is_extrapolated(calibrated):
     assert plan.bucket_of(1024) is not plan.bucket_of(512)
     assert plan.bucket_of(513) is plan.bucket_of(1024) is plan.bucket_of(10**6)
     assert {gate.length for bucket in plan.buckets for gate in bucket.gates} == set(LENGTHS)
+
+
+def test_a_budget_says_what_density_to_reckon_with(calibrated):
+    plan, _, _ = calibrated
+    bucket = plan.bucket_of(1024)
+    [gate] = [gate for gate in bucket.gates if gate.length == 1024]
+    kept = [x for site, x in gate.densities.items() if site not in bucket.sites]
+    assert timings.expected_density(1024, bucket.budget.tolerance, bucket.budget.peaks) == pytest.approx(
+        sum(kept) / len(kept), rel=1e-3)
 
 
 def test_a_plan_says_where_and_how_it_was_made(calibrated):
