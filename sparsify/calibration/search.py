@@ -60,6 +60,7 @@ VARIANT_SINGLES = (2, 12)
 FEW_DOCUMENTS = 10
 NOTHING_DROPPED = 0.9  # density from which on no machine gains
 LEAST_IMPROVEMENT = 0.95  # of the error at equal time, for a variant to be worth a budget of its own
+CLEARLY_WORSE = 1.1  # error at equal time of a variant that is not tried at longer lengths
 LEAST_ERROR = 0.05  # of max_error: below, the errors of two budgets are both next to nothing
 MOST_SHIFT = log(2.0)  # by which a variant may move the tolerance beyond what the plain budget showed
 TINY = 1e-9  # an error below is none: logarithms are taken of it
@@ -145,7 +146,10 @@ class _Choice:
 
 
 class _Search:
-    """The search of one calibration. `decided` grows with the lengths: sites of one model may meet several."""
+    """The search of one calibration.
+
+    `decided` grows with the lengths: sites of one model may meet several. `lost`: variants not to be tried again.
+    """
 
     def __init__(self, runs: Runs, documents: Sequence[Document], max_error: float, holdout: float,
                  progress: bool | Callable[[str], None], device: torch.device) -> None:
@@ -154,6 +158,7 @@ class _Search:
         self.held = held_out(documents, holdout)
         self.say = teller(progress)
         self.decided: list[Bucket] = []
+        self.lost: set[str] = set()
 
     def run(self, wanted: Sequence[int], exact: bool) -> Plan:
         """The plan, its fingerprint aside."""
@@ -307,6 +312,8 @@ class _Search:
         if not slope < 0 or _mean_error(base) < LEAST_ERROR * self.max_error:
             return plain  # more time does not mean less error here, or there is none: nothing to compare at
         proposed = self._proposals(calls, _mean_densities([points[at][i] for i in proposers]), at)
+        if not proposed:
+            return plain
         trials = [self._trial(length, *x) for x in proposed.values()]
         results = [self.runs.results(window, trials) for window in windows]
         self.tell.step("trying variants", len(windows) * (1 + len(proposed)))
@@ -318,6 +325,8 @@ class _Search:
                       for ours, plain_error in zip(errors(mine), errors(base), strict=True)]
             mean = statistics.fmean(ratios)
             tried[name] = float(f"{exp(mean):.3g}")
+            if mean > log(CLEARLY_WORSE):
+                self.lost.add(name)  # longer lengths are dear, and what loses here has not been seen to win there
             is_near = abs(time - base_time) <= 2 * abs(other_time - base_time)  # else its time is extrapolated to
             if is_near and mean < min(best, log(LEAST_IMPROVEMENT)) and upper_bound(ratios) < 0:
                 shift = (statistics.fmean(errors(base)) - statistics.fmean(errors(mine))) / steepness
@@ -339,7 +348,7 @@ class _Search:
                 if gain([call for call in calls if call.site == site], densities, {site: budget}) < LEAST_GAIN]
         if 0 < len(idle) < len(sites) and idle != [sites[0]]:
             found["sites without gain dense"] = budget, dict.fromkeys(idle, dense)
-        return found if len(sites) > 1 else {name: x for name, x in found.items() if not x[1]}
+        return {name: x for name, x in found.items() if name not in self.lost and (len(sites) > 1 or not x[1])}
 
     def _judge(self, length: _Length, choice: _Choice, ladders: Sequence[Sequence[float]]) -> Gate:
         """Held-out documents decide: the largest tolerance that passes, and with it all smaller ones tried."""
@@ -538,8 +547,10 @@ def _solve(points: Mapping[float, list[Result]], target: float) -> tuple[float, 
         steepness = min(4.0, max(0.5, log(pair[1][1] / pair[0][1]) / log(pair[1][0] / pair[0][0])))
     if upper == len(known):
         return known[-1][0], steepness  # the largest of the grid: nothing is extrapolated up
-    tolerance, error = known[max(0, upper - 1)]
-    return tolerance * (target / error) ** (1 / steepness), steepness
+    if upper == 0:
+        return known[0][0] * (target / known[0][1]) ** (1 / steepness), steepness
+    (low, least), (high, most) = known[upper - 1:upper + 1]
+    return low * (high / low) ** (log(target / least) / log(most / least)), steepness
 
 
 def _rounded(tolerance: float) -> float:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import sparsify
 from sparsify import timings
+from sparsify.backend import backend
 from sparsify.calibration import gains
 from sparsify.calibration.buckets import assemble, remeasure
 from sparsify.calibration.journal import Journal
-from sparsify.errors import ModelError, OptionError, PlanError, SampleError
+from sparsify.calibration.runs import Result
+from sparsify.calibration.search import _solve
+from sparsify.errors import DeviceError, ModelError, OptionError, PlanError, SampleError
 from sparsify.measurement import Quality, measuring
 from sparsify.plan import Bucket, Budget, Plan
 from tests.calibration.conftest import LENGTHS, soft_model
@@ -162,7 +166,7 @@ def test_a_plan_for_another_graph_is_refused_with_the_difference(calibrated):
         with pytest.raises(PlanError, match="4 / 1 heads of 16; here site 0 is model.layers.0.self_attn, 2 / 1 heads"):
             sparsify.compile(soft_model(), wider, backend="eager")(ids)
         with pytest.raises(Exception, match="was made for another graph"):
-            torch.compile(soft_model(layers=3), backend="sparsify", options={"plan": plan.to_dict()})(ids)
+            torch.compile(soft_model(layers=3), backend=partial(backend, options={"plan": plan.to_dict()}))(ids)
         sparsify.compile(soft_model(), plan, backend="eager")(ids)
 
         class Wrapped(nn.Module):
@@ -222,7 +226,7 @@ def test_a_diffusion_transformer_calibrates_with_the_same_call(without_inductor)
 
 def test_a_vision_transformer_calibrates_with_the_same_call(without_inductor):
     config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=400,
-                       patch_size=16, initializer_range=0.2, num_labels=10)
+                       patch_size=16, initializer_range=0.05, num_labels=10)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ViTForImageClassification(config).eval()
@@ -246,6 +250,12 @@ def test_a_metric_of_the_callers_own_sees_whole_outputs(without_inductor, docume
     assert {x.__name__ for pair in seen for x in pair} == {"CausalLMOutputWithPast"}
 
 
+def on_two_devices():
+    model = Plain().eval()
+    model.other = nn.Linear(2, 2, device="meta")
+    return model
+
+
 class Plain(nn.Module):
     def __init__(self):
         super().__init__()
@@ -258,6 +268,8 @@ class Plain(nn.Module):
 @pytest.mark.parametrize(("make", "options", "error", "words"), [
     (lambda: soft_model().train(), {}, ModelError, "model is in training mode"),
     (lambda: Plain().eval(), {}, ModelError, "no attention site .* no attention was found"),
+    (on_two_devices, {}, DeviceError, "model is on cpu, meta. Move it to one device"),
+    (lambda: Plain().eval().to("meta"), {}, DeviceError, "model is on meta. There are kernels for: cpu, cuda"),
     (lambda: 3, {}, ModelError, "model is a int"),
     (soft_model, {"max_error": 0}, OptionError, "max_error is 0"),
     (soft_model, {"holdout": 1}, OptionError, "holdout is 1"),
@@ -298,6 +310,16 @@ def test_nan_is_an_error_and_loses_nothing(without_inductor, documents, tmp_path
 def test_inputs_that_the_model_does_not_take_are_named(without_inductor):
     with pytest.raises(SampleError, match="does not take a sample of 3 arguments"):
         sparsify.calibrate(Diffusion().eval(), [(torch.randn(1, 600, 4),) * 3 for _ in range(6)], progress=False)
+
+
+def test_a_tolerance_is_solved_for_between_points_and_never_above_them():
+    def points(**errors):
+        return {float(t.replace("t", "0.")): [Result(error, None, {})] * 3 for t, error in errors.items()}
+
+    assert _solve(points(t02=0.001, t04=0.004), 0.002) == (pytest.approx(0.02 * 2 ** 0.5), pytest.approx(2.0))
+    assert _solve(points(t02=0.001, t04=0.004), 0.01)[0] == 0.04
+    assert _solve(points(t02=0.0, t04=9.0), 0.01)[0] < 0.04
+    assert _solve(points(t02=0.004, t04=0.016), 0.001)[0] == pytest.approx(0.01)
 
 
 def sparse(lo, hi, tolerance):
