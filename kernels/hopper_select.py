@@ -5,12 +5,12 @@
     peaks    [B, H, blocks of 128 rows, blocks of 64 keys]  float32, the largest share of attention that any row of the
                                query block gives the key block, as the split summaries estimate it; 1 for edge blocks
                                (around the causal edge, or ragged), 0 for blocks that no row sees
-    key j is visible to query i when j <= i + causal_offset (None: always)
+    key j is visible to query i when j <= i + causal_offset (None: always), and by the key mask
     errors   none here: the op checks shapes, `why_not` says which calls these kernels do not cover
 
-Four steps. The range of the keys, from a sample; summaries, rounded to e4m3 around the mean key of their head (a
-constant of a row moves no share); the exact log sum of every row over its edge blocks, which is the reference of its
-exponentials; then the masses of all other blocks, their sum, and the maximum over rows of their shares.
+Three steps. The range of the keys, from a sample; keys and summaries, rounded to e4m3 around the mean key of their head
+(a constant of a row moves no share); then for every row the log sum over its edge blocks, key by key, which is the
+reference of its exponentials, the masses of all other blocks, their sum, and the maximum over rows of their shares.
 
 Exponentials are two multiply-adds: scores become the bits of a bfloat16, that is 2^x with its mantissa on the chord
 (Schraudolph 1999, centred: within 3 % either way). They are relative to the edge blocks and not to a running maximum:
@@ -56,69 +56,85 @@ LOWEST_EXPONENT, EXPONENTS = -100.0, 164.0
 PROGRAMS_PER_MULTIPROCESSOR = 2  # one fetches queries or adds up while the other multiplies
 REGISTERS = 128  # for 2 programs of 8 warps; the loader's four of them give most of their share to the others
 LOADER_REGISTERS = 24
-EDGE_STEP = 2  # edge blocks at once: the tile of tensor cores; a causal diagonal has two, or three
 
 
 @triton.jit(do_not_specialize=["S", "Hkv", "spacing"])
-def _sample_keys(k, parts, stride_b, stride_h, stride_s, stride_d, S, Hkv, spacing, BLOCK: tl.constexpr,
-                 D: tl.constexpr):
-    """Mean, lowest and highest of every channel over a share of the sampled keys of a head."""
+def _sample_keys(k, key_mask, parts, stride_b, stride_h, stride_s, stride_d, stride_mask_batch, stride_mask, S, Hkv,
+                 spacing, BLOCK: tl.constexpr, D: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
+    """Sum, lowest, highest and number of the visible among a share of the sampled keys of a head, by channel."""
     split, head_row = tl.program_id(0), tl.program_id(1)
     k += (head_row // Hkv).to(tl.int64) * stride_b + (head_row % Hkv).to(tl.int64) * stride_h
     dims = tl.arange(0, D)
     total = tl.zeros([BLOCK, D], tl.float32)
     low = tl.full([BLOCK, D], float("inf"), tl.float32)
     high = tl.full([BLOCK, D], -float("inf"), tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
     samples = tl.cdiv(S, spacing)
     for start in range(split * BLOCK, samples, tl.num_programs(0) * BLOCK):
         sample = start + tl.arange(0, BLOCK)
-        inside = (sample < samples)[:, None]
+        visible = sample < samples
+        if HAS_KEY_MASK:
+            mask_at = key_mask + (head_row // Hkv).to(tl.int64) * stride_mask_batch + sample * spacing * stride_mask
+            visible &= tl.load(mask_at, visible, other=0) != 0
+        inside = visible[:, None]
+        count += tl.where(visible, 1.0, 0.0)
         keys_at = k + (sample * spacing).to(tl.int64)[:, None] * stride_s + dims[None, :] * stride_d
         keys = tl.load(keys_at, inside, other=0.0).to(tl.float32)
         total += keys
         low = tl.where(inside, tl.minimum(low, keys), low)
         high = tl.where(inside, tl.maximum(high, keys), high)
-    out = parts + (head_row * tl.num_programs(0) + split).to(tl.int64) * (3 * D) + dims
-    tl.store(out, tl.sum(total, 0) / samples)
+    out = parts + (head_row * tl.num_programs(0) + split).to(tl.int64) * (4 * D) + dims
+    tl.store(out, tl.sum(total, 0))
     tl.store(out + D, tl.min(low, 0))
     tl.store(out + 2 * D, tl.max(high, 0))
+    tl.store(out + 3 * D, tl.zeros([D], tl.float32) + tl.sum(count, 0))
 
 
-@triton.jit(do_not_specialize=["S", "Hkv", "room"])
-def _quantise_summaries(k, parts, vectors, centers, units, stride_b, stride_h, stride_s, stride_d, S, Hkv, room,
-                        SPLITS: tl.constexpr, SINGLES: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
-                        LARGEST: tl.constexpr, HEADROOM: tl.constexpr):
-    """Split summaries of one key block in e4m3: variance, mean, then singles, the last two less the head's center."""
+@triton.jit(do_not_specialize=["S", "Hkv", "room", "MASKS"])
+def _quantise_keys(k, key_mask, parts, vectors, whole, counts, units, stride_b, stride_h, stride_s, stride_d,
+                   stride_mask_batch, stride_mask, S, Hkv, room, MASKS, SPLITS: tl.constexpr, SINGLES: tl.constexpr,
+                   BLOCK: tl.constexpr, D: tl.constexpr, LARGEST: tl.constexpr, HEADROOM: tl.constexpr,
+                   HAS_KEY_MASK: tl.constexpr):
+    """One key block in e4m3, less the head's center: variance, mean and singles into `vectors`, keys into `whole`."""
     key_block, head_row = tl.program_id(0), tl.program_id(1)
+    batch = head_row // Hkv
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, D)
     splits = tl.arange(0, SPLITS)
-    part = parts + (head_row * SPLITS + splits).to(tl.int64)[:, None] * (3 * D) + dims[None, :]
-    center = tl.sum(tl.load(part), 0)
+    part = parts + (head_row * SPLITS + splits).to(tl.int64)[:, None] * (4 * D) + dims[None, :]
+    center = tl.sum(tl.load(part), 0) / tl.maximum(tl.sum(tl.load(part + 3 * D), 0), 1.0)
     low = tl.min(tl.load(part + D), 0)
     high = tl.max(tl.load(part + 2 * D), 0)
     reach = tl.max(tl.maximum(high - center, center - low), 0) * HEADROOM
     # No variance between two bounds is larger than a quarter of their squared distance (Popoviciu).
     spread = tl.max((high - low) * (high - low), 0) * (0.25 * HEADROOM)
-    reach = tl.where(reach > 0.0, reach, 1.0)
-    spread = tl.where(spread > 0.0, spread, 1.0)
+    reach = tl.where((reach > 0.0) & (reach < float("inf")), reach, 1.0)  # infinite where no sampled key is visible
+    spread = tl.where((spread > 0.0) & (spread < float("inf")), spread, 1.0)
     if key_block == 0:
-        tl.store(centers + head_row * D + dims, center)
         tl.store(units + head_row * 2, reach / LARGEST)
         tl.store(units + head_row * 2 + 1, spread / LARGEST)
 
-    k += (head_row // Hkv).to(tl.int64) * stride_b + (head_row % Hkv).to(tl.int64) * stride_h
+    k += batch.to(tl.int64) * stride_b + (head_row % Hkv).to(tl.int64) * stride_h
     positions = key_block * BLOCK + rows
     visible = positions < S
+    if HAS_KEY_MASK:
+        mask_at = key_mask + batch.to(tl.int64) * stride_mask_batch + positions * stride_mask
+        visible &= tl.load(mask_at, visible, other=0) != 0
     keys_at = k + positions.to(tl.int64)[:, None] * stride_s + dims[None, :] * stride_d
     keys = tl.load(keys_at, visible[:, None], other=0.0).to(tl.float32)
-    rank, mean, variance, _, _ = split_keys(keys, visible, dims < D, rows, SINGLES)
-    out = vectors + head_row.to(tl.int64) * ((SINGLES + 2) * room * D) + key_block * D + dims
+    rank, mean, variance, count, _ = split_keys(keys, visible, dims < D, rows, SINGLES)
     finest = vectors.dtype.element_ty
+    out = vectors + head_row.to(tl.int64) * ((SINGLES + 2) * room * D) + key_block * D + dims
     tl.store(out, (variance * (LARGEST / spread)).to(finest))
     tl.store(out + room * D, ((mean - center) * (LARGEST / reach)).to(finest))
+    small = ((keys - center[None, :]) * (LARGEST / reach)).to(finest)
     singles = out[None, :] + ((rank + 2) * room * D)[:, None]
-    tl.store(singles, ((keys - center[None, :]) * (LARGEST / reach)).to(finest), (rank < SINGLES)[:, None])
+    tl.store(singles, small, (rank < SINGLES)[:, None])
+    whole += (head_row.to(tl.int64) * room + key_block) * (BLOCK * D)
+    tl.store(whole + rows[:, None] * D + dims[None, :], small)
+    if HAS_KEY_MASK:
+        if (head_row % Hkv == 0) & (batch < MASKS):
+            tl.store(counts + batch * room + key_block, count)
 
 
 @triton.jit
@@ -133,51 +149,17 @@ def _edges_of(first_row, offset, L, S, key_blocks, ROWS: tl.constexpr, BLOCK: tl
     return tl.minimum(first, allowed), allowed
 
 
-@triton.jit(do_not_specialize=["query_blocks", "key_blocks", "H", "GROUP", "L", "S", "offset"])
-def _weigh_edges(q, k, centers, edges, stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks,
-                 stride_kd, query_blocks, key_blocks, H, GROUP, L, S, offset, scale_log2,
-                 ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr):
-    """log2 of every row's sum over its edge blocks, or over the block beside the diagonal where it has none.
-
-    Scores are those of keys less the head's center, as in the summaries.
-    """
-    query_block = tl.program_id(0) % query_blocks
-    head_row = tl.program_id(0) // query_blocks
-    batch, head = head_row // H, head_row % H
-    first_row = query_block * ROWS
-    rows = first_row + tl.arange(0, ROWS)
-    dims = tl.arange(0, D)
-    in_step = tl.arange(0, STEP * BLOCK)
-    q += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    k += batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kh
-    query = tl.load(q + rows.to(tl.int64)[:, None] * stride_qs + dims[None, :] * stride_qd, (rows < L)[:, None],
-                    other=0.0)
-    kv_row = batch * (H // GROUP) + head // GROUP
-    center = tl.load(centers + kv_row * D + dims)
-    moved = tl.sum(query.to(tl.float32) * center[None, :], 1) * scale_log2
-
-    first, allowed = _edges_of(first_row, offset, L, S, key_blocks, ROWS, BLOCK)
+@triton.jit
+def _reference_of(query_block, query_blocks, first, allowed, S, BLOCK: tl.constexpr):
+    """The blocks that exponentials refer to, first and behind the last: the edge, or the one beside the diagonal."""
     beside = query_block * (S // BLOCK) // query_blocks
-    last = tl.where(first < allowed, allowed, tl.minimum(beside + 1, allowed))
-    first = tl.where(first < allowed, first, tl.minimum(beside, allowed))
-    last_key = tl.minimum(rows + offset, S - 1)
-    peak = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for block in range(first, last, STEP):
-        keys = block * BLOCK + in_step
-        key_tile = tl.load(k + keys.to(tl.int64)[None, :] * stride_ks + dims[:, None] * stride_kd, (keys < S)[None, :],
-                           other=0.0)
-        shown = keys[None, :] <= tl.minimum(last_key, last * BLOCK - 1)[:, None]
-        scores = tl.dot(query, key_tile) * scale_log2
-        scores = tl.where(shown, scores, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.exp2(scores - new_peak[:, None]), 1)
-        peak = new_peak
-    tl.store(edges + head_row.to(tl.int64) * L + rows, peak + tl.log2(total) - moved, rows < L)
+    has_edge = first < allowed
+    return tl.where(has_edge, first, tl.minimum(beside, allowed)), \
+        tl.where(has_edge, allowed, tl.minimum(beside + 1, allowed))
 
 
 @gluon.jit
-def _loader(vectors, tiles, full, empty, query_blocks, heads, H, GROUP, L, S, offset, key_blocks, room,
+def _loader(vectors, whole, tiles, full, empty, query_blocks, heads, H, GROUP, L, S, offset, key_blocks, room,
             VECTORS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
             CHUNK: gl.constexpr, D: gl.constexpr):
     """Feed the warpgroup with the summaries of chunk after chunk."""
@@ -185,8 +167,16 @@ def _loader(vectors, tiles, full, empty, query_blocks, heads, H, GROUP, L, S, of
     for unit in range(gl.program_id(0), query_blocks * heads, gl.num_programs(0)):
         head_row = unit % heads
         kv_row = (head_row // H) * (H // GROUP) + (head_row % H) // GROUP
-        first_row = (query_blocks - 1 - unit // heads) * ROWS
-        first, _ = _edges_of(first_row, offset, L, S, key_blocks, ROWS, BLOCK)
+        query_block = query_blocks - 1 - unit // heads
+        first, allowed = _edges_of(query_block * ROWS, offset, L, S, key_blocks, ROWS, BLOCK)
+        from_block, to_block = _reference_of(query_block, query_blocks, first, allowed, S, BLOCK)
+        for tile in range(from_block * (BLOCK // CHUNK), to_block * (BLOCK // CHUNK)):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), CHUNK * D)
+            tma.async_copy_global_to_shared(whole, [kv_row * room * BLOCK + tile * CHUNK, 0], full.index(stage),
+                                            tiles.index(stage))
+            step += 1
         for chunk in range(0, gl.cdiv(first, CHUNK)):
             for vector in gl.static_range(VECTORS):
                 stage = step % STAGES
@@ -245,11 +235,11 @@ def _weighted(masses, weights):
 
 
 @gluon.jit
-def _weigher(q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, empty,
-             stride_qb, stride_qh, stride_qs, heads, query_blocks, key_blocks, H, GROUP, L, S, offset,
-             scale_log2, spread_log2, log2_count, VECTORS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
-             BLOCK: gl.constexpr, CHUNK: gl.constexpr, D: gl.constexpr, LOWEST: gl.constexpr,
-             EXPONENTS: gl.constexpr):
+def _weigher(q, key_mask, counts, units_of_keys, peaks, scratch, query_tiles, tiles, full, empty, stride_qb, stride_qh,
+             stride_qs, stride_mask_batch, stride_mask, stride_counts, heads, query_blocks, key_blocks, H, GROUP, L, S,
+             offset, scale_log2, spread_log2, log2_count, VECTORS: gl.constexpr, STAGES: gl.constexpr,
+             ROWS: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr, D: gl.constexpr, LOWEST: gl.constexpr,
+             EXPONENTS: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
     """Weigh query block after query block. Those at the end of all heads come first: they are the long ones."""
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 32])
     product_rows: gl.constexpr = gl.SliceLayout(1, products)
@@ -291,26 +281,48 @@ def _weigher(q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, 
         squares_tile.store((query * query).to(gl.float8e4nv))
         fence_async_shared()
         row_unit = gl.convert_layout(power * (1.0 / 128.0), product_rows)
+        score_unit = row_unit * (gl.load(units_of_keys + kv_row * 2) * scale_log2)
         rows = first_row + local_rows
-        edge = gl.load(edges + head_row.to(gl.int64) * L + rows, rows < L, other=-float("inf"))
-        sees = edge > -1.0e30
-        edge = gl.where(sees, edge, 0.0)
+        last_key = gl.where(rows < L, gl.minimum(rows + offset, S - 1), -1)
+        mask_row = key_mask + batch.to(gl.int64) * stride_mask_batch
+        peak = gl.full([ROWS], -1.0e30, gl.float32, product_rows)
+        total = gl.zeros([ROWS], gl.float32, product_rows)
+        from_block, to_block = _reference_of(query_block, query_blocks, first, allowed, S, BLOCK)
+        for tile in range(from_block * (BLOCK // CHUNK), to_block * (BLOCK // CHUNK)):
+            scores = _product(q_tile, tiles, full, step, zero, STAGES)
+            scores = warpgroup_mma_wait(0, deps=(scores,)) * score_unit[:, None]
+            mbarrier.arrive(empty.index(step % STAGES), count=1)
+            step += 1
+            keys = tile * CHUNK + columns
+            shown = keys[None, :] <= last_key[:, None]
+            if HAS_KEY_MASK:
+                shown &= (gl.load(mask_row + keys * stride_mask, keys < S, other=0) != 0)[None, :]
+            scores = gl.where(shown, scores, -float("inf"))
+            new_peak = gl.maximum(peak, gl.max(scores, 1))
+            total = total * gl.exp2(peak - new_peak) + gl.sum(gl.exp2(scores - new_peak[:, None]), 1)
+            peak = new_peak
+        # A row that sees no key there (padding) refers to 0: scores of keys around their mean are not far from it.
+        sees = total > 0.0
+        edge = gl.where(sees, peak + gl.log2(total), 0.0)
+        total = gl.where(sees & (allowed > first), 1.0, 0.0)
         # Scores in units of EXPONENTS, from LOWEST up: what the exponentials take.
-        slope = row_unit * (gl.load(units_of_keys + kv_row * 2) * scale_log2 * (1.0 / EXPONENTS))
+        slope = score_unit * (1.0 / EXPONENTS)
         start = (-edge - LOWEST) * (1.0 / EXPONENTS)
         spread_unit = row_unit * row_unit * (gl.load(units_of_keys + kv_row * 2 + 1) * spread_log2 * 256.0)
-        rest_start = start + log2_count * (1.0 / EXPONENTS)
-        total = gl.where(allowed > first, 1.0, 0.0) + gl.zeros([ROWS], gl.float32, product_rows)
 
         for chunk in range(0, chunks):
             spread = _product(squares_tile, tiles, full, step, zero, STAGES)
             middle = _product(q_tile, tiles, full, step + 1, zero, STAGES)
+            log2_rest = log2_count
+            if HAS_KEY_MASK:
+                count = gl.load(counts + batch * stride_counts + chunk * CHUNK + columns)
+                rest_count = count - (VECTORS - 2)
+                log2_rest = gl.log2(gl.maximum(rest_count, 1).to(gl.float32))[None, :]
             spread = warpgroup_mma_wait(1, deps=(spread,))
             mbarrier.arrive(empty.index(step % STAGES), count=1)
             spread = spread * spread_unit[:, None]
-            gain = gl.where(spread < 2.0 * log2_count, spread * (0.5 / EXPONENTS),
-                            gl.sqrt(spread * (2.0 * log2_count / (EXPONENTS * EXPONENTS)))
-                            - log2_count * (1.0 / EXPONENTS))
+            gain = gl.where(spread < 2.0 * log2_rest, spread * (0.5 / EXPONENTS) + log2_rest * (1.0 / EXPONENTS),
+                            gl.sqrt(spread * (2.0 / (EXPONENTS * EXPONENTS)) * log2_rest))
             ahead = middle
             if VECTORS > 2:
                 ahead = _product(q_tile, tiles, full, step + 2, zero, STAGES)
@@ -318,7 +330,9 @@ def _weigher(q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, 
             else:
                 middle = warpgroup_mma_wait(0, deps=(middle,))
             mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
-            masses = _first_exponentials(middle, slope[:, None], rest_start[:, None] + gain)
+            if HAS_KEY_MASK:
+                middle = gl.where((rest_count > 0)[None, :], middle, -float("inf"))
+            masses = _first_exponentials(middle, slope[:, None], start[:, None] + gain)
             for single in gl.static_range(VECTORS - 2):
                 now = ahead
                 if single < VECTORS - 3:
@@ -327,6 +341,8 @@ def _weigher(q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, 
                 else:
                     now = warpgroup_mma_wait(0, deps=(now,))
                 mbarrier.arrive(empty.index((step + 2 + single) % STAGES), count=1)
+                if HAS_KEY_MASK:
+                    now = gl.where((single < count)[None, :], now, -float("inf"))
                 masses = _add_exponentials(masses, now, slope[:, None], start[:, None])
             step += VECTORS
             if (chunk + 1) * CHUNK > first:
@@ -334,8 +350,8 @@ def _weigher(q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, 
             total += gl.sum(masses.to(gl.float32), 1)
             gl.store(scratch + chunk * (ROWS * CHUNK) + scratch_at, gl.convert_layout(masses, stored))
 
-        # A mass cut off at 2^64 may be any share: it counts as all.
-        weights = gl.where(sees & (total > 0.0), 1.0 / gl.minimum(total, 1.8446744e19), 0.0)
+        # A mass cut off at 2^64 may be any share: it counts as all. A row of nothing but the lowest masses sees no key.
+        weights = gl.where((last_key >= 0) & (total > 1.0e-24), 1.0 / gl.minimum(total, 1.8446744e19), 0.0)
         weights = gl.convert_layout(weights, stored_rows).to(gl.bfloat16)[:, None]
         out = peaks + (head_row * query_blocks + query_block).to(gl.int64) * key_blocks
         ahead_masses = gl.load(scratch + scratch_at)
@@ -350,11 +366,12 @@ def _weigher(q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, 
 
 
 @gluon.jit(do_not_specialize=["heads", "query_blocks", "key_blocks", "room", "H", "GROUP", "L", "S", "offset"])
-def _estimate_peaks(q, vectors, edges, units_of_keys, peaks, scratch, stride_qb, stride_qh, stride_qs, heads,
-                    query_blocks, key_blocks, room, H, GROUP, L, S, offset, scale_log2, spread_log2, log2_count,
+def _estimate_peaks(q, vectors, whole, key_mask, counts, units_of_keys, peaks, scratch, stride_qb, stride_qh, stride_qs,
+                    stride_mask_batch, stride_mask, stride_counts, heads, query_blocks, key_blocks, room, H, GROUP, L, S,
+                    offset, scale_log2, spread_log2, log2_count,
                     VECTORS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
                     CHUNK: gl.constexpr, D: gl.constexpr, LOWEST: gl.constexpr, EXPONENTS: gl.constexpr,
-                    LOADER_REGISTERS: gl.constexpr):
+                    LOADER_REGISTERS: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
     small: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, D], gl.float8e4nv)
     large: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], gl.float8e4nv)
     query_tiles = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, D], large)
@@ -366,11 +383,12 @@ def _estimate_peaks(q, vectors, edges, units_of_keys, peaks, scratch, stride_qb,
         mbarrier.init(empty.index(i), count=1)
     scratch += gl.program_id(0).to(gl.int64) * gl.cdiv(key_blocks, CHUNK) * (ROWS * CHUNK)
     gl.warp_specialize([
-        (_weigher, (q, edges, units_of_keys, peaks, scratch, query_tiles, tiles, full, empty, stride_qb, stride_qh,
-                    stride_qs, heads, query_blocks, key_blocks, H, GROUP, L, S, offset, scale_log2, spread_log2,
-                    log2_count, VECTORS, STAGES, ROWS, BLOCK, CHUNK, D, LOWEST, EXPONENTS)),
-        (_loader, (vectors, tiles, full, empty, query_blocks, heads, H, GROUP, L, S, offset, key_blocks, room, VECTORS,
-                   STAGES, ROWS, BLOCK, CHUNK, D)),
+        (_weigher, (q, key_mask, counts, units_of_keys, peaks, scratch, query_tiles, tiles, full, empty, stride_qb,
+                    stride_qh, stride_qs, stride_mask_batch, stride_mask, stride_counts, heads, query_blocks,
+                    key_blocks, H, GROUP, L, S, offset, scale_log2, spread_log2, log2_count, VECTORS, STAGES, ROWS,
+                    BLOCK, CHUNK, D, LOWEST, EXPONENTS, HAS_KEY_MASK)),
+        (_loader, (vectors, whole, tiles, full, empty, query_blocks, heads, H, GROUP, L, S, offset, key_blocks, room,
+                   VECTORS, STAGES, ROWS, BLOCK, CHUNK, D)),
     ], [1], [LOADER_REGISTERS])
 
 
@@ -384,28 +402,33 @@ def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles
     room = count_blocks(key_blocks, CHUNK) * CHUNK
     offset = S + KEY_BLOCK if masks.causal_offset is None else masks.causal_offset
     new = partial(torch.empty, dtype=torch.float32, device=q.device)
-    parts, centers, units = new(kv_heads, SPLITS, 3, D), new(kv_heads, D), new(kv_heads, 2)
+    parts, units = new(kv_heads, SPLITS, 4, D), new(kv_heads, 2)
     vectors = new(kv_heads * (singles + 2) * room, D, dtype=torch.float8_e4m3fn)
-    edges, peaks = new(B, H, L), new(B, H, query_blocks, key_blocks)
+    whole = new(kv_heads * room * KEY_BLOCK, D, dtype=torch.float8_e4m3fn)
+    key_mask = masks.key_mask
+    shown = 1 if key_mask is None else len(key_mask)
+    counts = new(shown, room, dtype=torch.int32)
+    mask_strides = (0, 0) if key_mask is None else (key_mask.stride(0) * (shown > 1), key_mask.stride(1))
+    has_mask = {"HAS_KEY_MASK": key_mask is not None}
+    mask = counts if key_mask is None else key_mask
+    peaks = new(B, H, query_blocks, key_blocks)
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
     programs = min(query_blocks * heads, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
     scratch = new(programs, room * QUERY_BLOCK, dtype=torch.bfloat16)
 
-    _sample_keys[(SPLITS, kv_heads)](k, parts, *k.stride(), S, Hkv, count_blocks(S, SAMPLES), BLOCK=KEY_BLOCK, D=D,
-                                     num_warps=8)
-    _quantise_summaries[(key_blocks, kv_heads)](
-        k, parts, vectors, centers, units, *k.stride(), S, Hkv, room, SPLITS=SPLITS, SINGLES=singles, BLOCK=KEY_BLOCK,
-        D=D, LARGEST=LARGEST, HEADROOM=HEADROOM, num_warps=4)
-    _weigh_edges[(heads * query_blocks,)](
-        q, k, centers, edges, *q.stride(), *k.stride(), query_blocks, key_blocks, H, H // Hkv, L, S, offset,
-        scale * LOG2_E, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, STEP=EDGE_STEP, D=D, num_warps=8, num_stages=1)
+    _sample_keys[(SPLITS, kv_heads)](k, mask, parts, *k.stride(), *mask_strides, S, Hkv, count_blocks(S, SAMPLES),
+                                     BLOCK=KEY_BLOCK, D=D, num_warps=8, **has_mask)
+    _quantise_keys[(key_blocks, kv_heads)](
+        k, mask, parts, vectors, whole, counts, units, *k.stride(), *mask_strides, S, Hkv, room, shown, SPLITS=SPLITS,
+        SINGLES=singles, BLOCK=KEY_BLOCK, D=D, LARGEST=LARGEST, HEADROOM=HEADROOM, num_warps=4, **has_mask)
     layout = gl.NVMMASharedLayout.get_default_for([CHUNK, D], gl.float8e4nv)
     _estimate_peaks[(programs,)](
-        q, TensorDescriptor.from_tensor(vectors, [CHUNK, D], layout), edges, units, peaks, scratch, *q.stride()[:3],
-        heads, query_blocks, key_blocks, room, H, H // Hkv, L, S, offset, scale * LOG2_E,
-        scale * scale * LOG2_E, math.log2(KEY_BLOCK - singles), VECTORS=singles + 2, STAGES=STAGES, ROWS=QUERY_BLOCK,
-        BLOCK=KEY_BLOCK, CHUNK=CHUNK, D=D, LOWEST=LOWEST_EXPONENT, EXPONENTS=EXPONENTS,
-        LOADER_REGISTERS=LOADER_REGISTERS, num_warps=4, maxnreg=REGISTERS)
+        q, TensorDescriptor.from_tensor(vectors, [CHUNK, D], layout),
+        TensorDescriptor.from_tensor(whole, [CHUNK, D], layout), mask, counts, units, peaks, scratch, *q.stride()[:3],
+        *mask_strides, room * (shown > 1), heads, query_blocks, key_blocks, room, H, H // Hkv, L, S, offset,
+        scale * LOG2_E, scale * scale * LOG2_E, math.log2(KEY_BLOCK - singles), VECTORS=singles + 2, STAGES=STAGES,
+        ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=CHUNK, D=D, LOWEST=LOWEST_EXPONENT, EXPONENTS=EXPONENTS,
+        LOADER_REGISTERS=LOADER_REGISTERS, num_warps=4, maxnreg=REGISTERS, **has_mask)
     return peaks
 
 
@@ -415,8 +438,8 @@ def why_not(q: Tensor, k: Tensor, masks: Masks, singles: int) -> str | None:
         return unsuited
     if q.shape[3] not in (64, 128):
         return f"the head dim is {q.shape[3]}, not 64 or 128"
-    if not masks.is_plain or masks.key_mask is not None:
-        return "scores meet more than causality"
+    if not masks.is_plain:
+        return "scores meet more than causality and a key mask"
     if q.stride(3) != 1:
         return f"q has strides {q.stride()}: rows must be dense"
     if k.shape[2] < KEY_BLOCK or singles >= KEY_BLOCK:
