@@ -367,8 +367,8 @@ def _weigher(q, key_mask, counts, units_of_keys, peaks, scratch, query_tiles, ti
 
 @gluon.jit(do_not_specialize=["heads", "query_blocks", "key_blocks", "room", "H", "GROUP", "L", "S", "offset"])
 def _estimate_peaks(q, vectors, whole, key_mask, counts, units_of_keys, peaks, scratch, stride_qb, stride_qh, stride_qs,
-                    stride_mask_batch, stride_mask, stride_counts, heads, query_blocks, key_blocks, room, H, GROUP, L, S,
-                    offset, scale_log2, spread_log2, log2_count,
+                    stride_mask_batch, stride_mask, stride_counts, heads, query_blocks, key_blocks, room, H, GROUP, L,
+                    S, offset, scale_log2, spread_log2, log2_count,
                     VECTORS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
                     CHUNK: gl.constexpr, D: gl.constexpr, LOWEST: gl.constexpr, EXPONENTS: gl.constexpr,
                     LOADER_REGISTERS: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
