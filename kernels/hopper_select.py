@@ -12,9 +12,11 @@ Three steps. The range of the keys, from a sample; keys and summaries, rounded t
 (a constant of a row moves no share); then for every row the log sum over its edge blocks, key by key, which is the
 reference of its exponentials, the masses of all other blocks, their sum, and the maximum over rows of their shares.
 
-Exponentials are two multiply-adds: scores become the bits of a bfloat16, that is 2^x with its mantissa on the chord
-(Schraudolph 1999, centred: within 3 % either way). They are relative to the edge blocks and not to a running maximum:
-between 2^-100 and 2^64 they are what they should be; a mass beyond that counts as 2^64 and its block is kept.
+Of two singles in turn the larger stands for both, for exponentials are what takes the time: a share is underestimated
+by half at most, where both weigh the same. Exponentials are two multiply-adds: scores become the bits of a bfloat16,
+that is 2^x with its mantissa on the chord (Schraudolph 1999, centred: within 3 % either way). They are relative to the
+edge blocks and not to a running maximum: between 2^-100 and 2^64 they are what they should be; a mass beyond that
+counts as 2^64 and its block is kept.
 
 Two programs a multiprocessor take query block after query block. In each one warp loads keys and summaries (TMA) and a
 warpgroup weighs: the two halves of the query block in turns, their queries in registers. Masses wait for the row sums
@@ -410,7 +412,11 @@ def _weigher(q, key_mask, counts, units_of_keys, peaks, scratch, q_tiles, row_we
                     gain0 = _frozen_gain(now * spread_unit0[:, None], log2_rest, EXPONENTS)
                 elif vector == 1:
                     masses0 = _first_exponentials(now, slope0[:, None], start0[:, None] + gain0)
+                elif vector % 2 == 0 and vector + 1 < VECTORS:
+                    held0 = now
                 else:
+                    if vector % 2 == 1:
+                        now = gl.maximum(now, held0)
                     masses0 = _add_exponentials(masses0, now, slope0[:, None], start0[:, None])
                 now = ahead
                 if vector + 1 < VECTORS:
@@ -428,7 +434,11 @@ def _weigher(q, key_mask, counts, units_of_keys, peaks, scratch, q_tiles, row_we
                     gain1 = _frozen_gain(now * spread_unit1[:, None], log2_rest, EXPONENTS)
                 elif vector == 1:
                     masses1 = _first_exponentials(now, slope1[:, None], start1[:, None] + gain1)
+                elif vector % 2 == 0 and vector + 1 < VECTORS:
+                    held1 = now
                 else:
+                    if vector % 2 == 1:
+                        now = gl.maximum(now, held1)
                     masses1 = _add_exponentials(masses1, now, slope1[:, None], start1[:, None])
             if (chunk + 1) * CHUNK > first:
                 seen = (chunk * CHUNK + columns < first)[None, :]

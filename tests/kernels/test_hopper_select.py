@@ -59,9 +59,10 @@ def eight_bit_peaks(q: Tensor, k: Tensor, masks: Masks, singles: int, scale: flo
     log_count = summaries.rest_count.double().log()[:, None, None]  # -inf where there is no rest
     gain = oracle.frozen_log_mean_exp(squares @ of_heads(variance), log_count.clamp(min=0))
     mass = q8 @ of_heads(mean) + gain + log_count
-    for i, vectors in enumerate(single.unbind(2)):
-        real = (i < summaries.single_count)[:, None, None]
-        mass = torch.logaddexp(mass, (q8 @ of_heads(vectors)).masked_fill(~real, -torch.inf))
+    real = [(i < summaries.single_count)[:, None, None] for i in range(singles)]
+    scores = [(q8 @ of_heads(x)).masked_fill(~real[i], -torch.inf) for i, x in enumerate(single.unbind(2))]
+    for pair in range(0, singles, 2):  # the larger of two stands for both
+        mass = torch.logaddexp(mass, torch.stack(scores[pair:pair + 2]).amax(0))
     length, keys = q.shape[2], k.shape[2]
     last = torch.arange(mass.shape[3], device=q.device) == keys // blocks.KEY_BLOCK  # ragged, if there is one
     offset = None if masks.causal_offset is None else masks.causal_offset - 1  # the last block the first row sees, too
