@@ -16,7 +16,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._functorch.aot_autograd import aot_module_simplified
 
 import sparsify
 from sparsify import Bucket, Budget, DeviceError, MaskError, ModelError, OptionError, Plan, PlanError, ShapeError
@@ -69,6 +71,25 @@ def test_every_inner_backend_runs_the_op(inner):
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
     explained = sparsify.explain(model, x)
     assert [site.record.outcome for site in explained.sites] == ["sparse"]
+
+
+def test_parameters_stay_static_inputs():
+    """What is not static, CUDA graphs copy before every replay."""
+    found = []
+
+    def compiler(gm, inputs):
+        def record(inner, _):
+            found.append(torch._guards.TracingContext.get().fw_metadata.static_input_indices)
+            return make_boxed_func(inner)
+
+        return aot_module_simplified(gm, inputs, fw_compiler=record, inference_compiler=record)
+
+    plain, ours = Attention(), Attention()
+    plain.compile(backend=compiler, dynamic=True)
+    sparsify.compile(ours, PLAN, backend=compiler)
+    for model in (plain, ours):
+        model(torch.randn(2, 40, 16))
+    assert [len(indices) for indices in found] == [2, 2]
 
 
 def test_a_callable_comes_back_wrapped():
