@@ -12,11 +12,11 @@ Three steps. The range of the keys, from a sample; keys and summaries, rounded t
 (a constant of a row moves no share); then for every row the log sum over its edge blocks, key by key, which is the
 reference of its exponentials, the masses of all other blocks, their sum, and the maximum over rows of their shares.
 
-Of two singles in turn the larger stands for both, for exponentials are what takes the time: a share is underestimated
-by half at most, where both weigh the same. Exponentials are two multiply-adds: scores become the bits of a bfloat16,
-that is 2^x with its mantissa on the chord (Schraudolph 1999, centred: within 3 % either way). They are relative to the
-edge blocks and not to a running maximum: between 2^-100 and 2^64 they are what they should be; a mass beyond that
-counts as 2^64 and its block is kept.
+Singles i and i + m/2, counted from the farthest, are a pair, and the larger stands for both, for exponentials are what
+takes the time: a share is underestimated by half at most, where both weigh the same. Exponentials are two
+multiply-adds: scores become the bits of a bfloat16, that is 2^x with its mantissa on the chord (Schraudolph 1999,
+centred: within 3 % either way). They are relative to the edge blocks and not to a running maximum: between 2^-100 and
+2^64 they are what they should be; a mass beyond that counts as 2^64 and its block is kept.
 
 Two programs a multiprocessor take query block after query block. In each one warp loads keys and summaries (TMA) and a
 warpgroup weighs: the two halves of the query block in turns, their queries in registers. Masses wait for the row sums
@@ -122,7 +122,9 @@ def _quantise_keys(k, key_mask, ranges, vectors, whole, counts, units, stride_b,
     tl.store(out, (variance * (LARGEST / spread)).to(finest))
     tl.store(out + room * D, ((mean - center) * (LARGEST / reach)).to(finest))
     small = ((keys - center[None, :]) * (LARGEST / reach)).to(finest)
-    singles = out[None, :] + ((rank + 2) * room * D)[:, None]
+    HALF: tl.constexpr = (SINGLES + 1) // 2
+    place = tl.where(rank < HALF, 2 * rank, 2 * (rank - HALF) + 1)  # pairs lie side by side
+    singles = out[None, :] + ((place + 2) * room * D)[:, None]
     tl.store(singles, small, (rank < SINGLES)[:, None])
     whole += (head_row.to(tl.int64) * room + key_block) * (BLOCK * D)
     tl.store(whole + rows[:, None] * D + dims[None, :], small)
@@ -291,6 +293,15 @@ def _place(rows, columns, ROWS: gl.constexpr, CHUNK: gl.constexpr):
     return gl.max_contiguous(gl.multiple_of(place, [1, 8]), [1, 8])
 
 
+@gluon.constexpr_function
+def _rank_of(vector, singles):
+    """How many keys must be farther from the mean for this vector to be there: the mean comes behind all singles."""
+    place, half = vector - 2, (singles + 1) // 2
+    if place < 0:
+        return singles
+    return place // 2 + half * (place % 2)
+
+
 @gluon.jit
 def _weigher(q, key_mask, counts, units_of_keys, peaks, scratch, q_tiles, row_weights, tiles, edge_tile, bars,
              stride_qb, stride_qh, stride_qs, stride_mask_batch, stride_mask, stride_counts, heads, query_blocks,
@@ -406,7 +417,7 @@ def _weigher(q, key_mask, counts, units_of_keys, peaks, scratch, q_tiles, row_we
                 now = warpgroup_mma_wait(1, deps=(now,))
                 if HAS_KEY_MASK:
                     if vector > 0:  # the mean if there is a rest, a single if there are so many keys
-                        here = ((count > vector - 2) if vector > 1 else (count > VECTORS - 2))[None, :]
+                        here = (count > _rank_of(vector, VECTORS - 2))[None, :]
                         now = gl.where(here, now, -float("inf"))
                 if vector == 0:
                     gain0 = _frozen_gain(now * spread_unit0[:, None], log2_rest, EXPONENTS)

@@ -61,8 +61,9 @@ def eight_bit_peaks(q: Tensor, k: Tensor, masks: Masks, singles: int, scale: flo
     mass = q8 @ of_heads(mean) + gain + log_count
     real = [(i < summaries.single_count)[:, None, None] for i in range(singles)]
     scores = [(q8 @ of_heads(x)).masked_fill(~real[i], -torch.inf) for i, x in enumerate(single.unbind(2))]
-    for pair in range(0, singles, 2):  # the larger of two stands for both
-        mass = torch.logaddexp(mass, torch.stack(scores[pair:pair + 2]).amax(0))
+    half = (singles + 1) // 2
+    for i in range(half):  # the larger of two stands for both
+        mass = torch.logaddexp(mass, torch.stack(scores[i::half]).amax(0))
     length, keys = q.shape[2], k.shape[2]
     last = torch.arange(mass.shape[3], device=q.device) == keys // blocks.KEY_BLOCK  # ragged, if there is one
     offset = None if masks.causal_offset is None else masks.causal_offset - 1  # the last block the first row sees, too
