@@ -29,6 +29,7 @@ All masks hold together. A row that sees no key gives zeros, with sink logits to
 
 from sparsify.ops.attend import adaptive_attention, block_sparse_attention, exact_attention
 from sparsify.ops.counters import Counters, counting
+from sparsify.ops.probing import probing
 from sparsify.ops.select import select_blocks
 from sparsify.ops.verify import check_mask
 from sparsify.ops.version import VERSION
@@ -41,5 +42,6 @@ __all__ = [
     "check_mask",
     "counting",
     "exact_attention",
+    "probing",
     "select_blocks",
 ]
