@@ -23,7 +23,6 @@ from sparsify.kernels.blocks import (
     QUERY_BLOCK,
     SplitSummaries,
     allowed_blocks,
-    boundary_blocks,
     count_blocks,
 )
 from sparsify.kernels.masks import Masks
@@ -88,10 +87,7 @@ def log_masses(name: str, q: Tensor, k: Tensor, scale: float, prepared: Any, fir
     used, blocks = estimator(name), count_blocks(last, KEY_BLOCK)
     mass = used.log_mass(rows * scale, prepared, first, blocks)
     if used.exact_edge:
-        edge = first // KEY_BLOCK
-        exact = oracle.exact_block_mass(rows, keys[:, :, edge * KEY_BLOCK:], scale, Masks(0))
-        cut = _by_row(boundary_blocks(last - first, last, first, q.device)[:, edge:], last - first)
-        mass = torch.cat([mass[..., :edge], torch.where(cut, exact, mass[..., edge:])], -1)
+        mass = _with_exact_edge(mass, rows, keys[:, :, first:], scale, first)
     allowed = _by_row(allowed_blocks(Masks(first), last - first, last, q.device)[0], last - first)
     return mass.masked_fill(~allowed, -torch.inf)
 
@@ -122,6 +118,24 @@ def mean_of_rows(x: Tensor) -> Tensor:
     sums = torch.nn.functional.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, QUERY_BLOCK)).sum(3)
     starts = torch.arange(sums.shape[2], device=x.device) * QUERY_BLOCK
     return sums / (rows - starts).clamp(max=QUERY_BLOCK)[:, None]
+
+
+def _with_exact_edge(mass: Tensor, q: Tensor, k: Tensor, scale: float, first: int) -> Tensor:
+    """Log masses with the blocks on the diagonal exact; q and k are the rows and keys from `first` on.
+
+    A query block and the keys of its own positions are one small causal attention; padded keys are seen by no row.
+    """
+    rows, blocks = mass.shape[2:]
+    own = QUERY_BLOCK // KEY_BLOCK
+
+    def fold(x: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % QUERY_BLOCK))
+        return padded.unflatten(2, (-1, QUERY_BLOCK)).transpose(1, 2).flatten(0, 1)
+
+    exact = oracle.exact_block_mass(fold(q), fold(k), scale, Masks(0)).unflatten(0, (len(q), -1)).transpose(1, 2)
+    whole = torch.nn.functional.pad(mass, (0, -blocks % own, 0, -rows % QUERY_BLOCK)).unflatten(2, (-1, QUERY_BLOCK))
+    places = torch.arange(whole.shape[2] * own, device=q.device).view(-1, 1, own) + first // KEY_BLOCK
+    return whole.scatter(-1, places.expand_as(exact), exact).flatten(2, 3)[:, :, :rows, :blocks]
 
 
 def _by_row(blocks: Tensor, rows: int) -> Tensor:

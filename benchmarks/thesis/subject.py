@@ -4,9 +4,10 @@
     subject.run(Policy("split-6", "absolute", 0.03), length=4096)      -> Outcome, per document
     subject.at_density(Policy("oracle", "share"), 4096, 0.25)          -> Outcome
 
-A *passage* is a stretch of PASSAGE tokens of one text (of one window, where windows are longer); a window is its first
-`length` tokens, so that windows never overlap. Most passages are judged; CALIBRATION of them, drawn at random, are kept
-apart: amounts are set on those. Outcomes are remembered: what two experiments ask for runs once.
+A *passage* is a stretch of one text: PASSAGE tokens, fewer where the texts are short, a window's where that is longer;
+a window is its first `length` tokens, so that windows never overlap. Most passages are judged; CALIBRATION of them,
+drawn at random, are kept apart: amounts are set on those. Outcomes are remembered: what two experiments ask for runs
+once.
 """
 
 import functools
@@ -118,7 +119,8 @@ class Subject:
         return self._split_windows(length)[1]
 
     def _split_windows(self, length: int) -> tuple[Tensor, Tensor]:
-        size = max(length, min(PASSAGE, max(len(text) for text in self.texts)))
+        wanted = sum(len(text) for text in self.texts) // (self.documents + CALIBRATION)
+        size = max(length, min(PASSAGE, wanted))
         found = [text[at: at + length] for text in self.texts for at in range(0, len(text) - length + 1, size)]
         if len(found) < 2:
             raise OptionError(f"lengths holds {length} and the texts have {len(found)} passages that long; two are the "
