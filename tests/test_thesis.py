@@ -258,8 +258,10 @@ def test_a_policy_per_layer_and_density_per_document(rng):
         run(q, k, v, SCALE)
         run(q, k, v, SCALE)
     allowed = geometry(500, q.device)[0].sum() * 4
-    assert (tally.kept[0] == allowed).all() and (tally.kept[1] < allowed).all()
-    assert torch.equal(tally.density(), ((tally.kept[0] + tally.kept[1]) / (2 * allowed)).cpu())
+    kept = [layer.sum(-1) for layer in tally.kept]
+    assert (kept[0] == allowed).all() and (kept[1] < allowed).all()
+    torch.testing.assert_close(tally.density(), ((kept[0] + kept[1]) / (2 * allowed)).cpu())
+    assert (tally.density(last_quarter=True) < tally.density()).all()  # a share of more blocks is less forced
 
 
 def test_single_keys_by_share_and_by_tolerance(rng):
@@ -280,7 +282,7 @@ def test_single_keys_by_share_and_by_tolerance(rng):
     kept = (weights >= weights.amax(-1, keepdim=True).clamp(max=0.05)) | own
     thinned = (weights * kept) / (weights * kept).sum(-1, keepdim=True)
     torch.testing.assert_close(out, thinned @ v.repeat_interleave(2, 1))
-    assert float(tally.kept[0]) == float(kept.sum())
+    assert float(tally.kept[0].sum()) == float(kept.sum())
 
 
 # Arithmetic

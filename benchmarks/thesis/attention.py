@@ -37,15 +37,22 @@ Policies = Policy | None | Sequence[Policy | None]
 
 
 class Tally:
-    """Kept and allowed blocks of the passes so far, per document (batch row) of each pass."""
+    """Kept and allowed blocks (or keys) of one pass, layer by layer, per document (batch row)."""
 
     def __init__(self) -> None:
-        self.kept: list[Tensor] = []  # one entry a layer: [B]
-        self.allowed: list[float] = []
+        self.kept: list[Tensor] = []  # one entry a layer: [B, rows of blocks, or of keys]
+        self.allowed: list[Tensor] = []  # the same without B
 
-    def density(self) -> Tensor:
-        """Kept share of the allowed blocks of all layers, per document: [B]."""
-        return torch.stack(self.kept).sum(0).cpu() / sum(self.allowed)
+    def add(self, kept: Tensor, allowed: Tensor, heads: int) -> None:
+        """kept [B, rows], summed over heads; allowed [rows], per head."""
+        self.kept.append(kept)
+        self.allowed.append(allowed * heads)
+
+    def density(self, last_quarter: bool = False) -> Tensor:
+        """Kept share of what is allowed in all layers, per document: [B]; of all rows, or of the last quarter."""
+        kept, allowed = torch.stack(self.kept).sum(0).cpu().double(), torch.stack(self.allowed).sum(0).cpu().double()
+        rows = slice(len(allowed) - max(1, len(allowed) // 4) if last_quarter else 0, None)
+        return (kept[:, rows].sum(-1) / allowed[rows].sum()).float()
 
 
 class PolicyAttention:
@@ -83,8 +90,7 @@ class PolicyAttention:
         batch, heads, length, _ = q.shape
         if policy is not None and policy.estimator == KEYS:
             out, kept_keys = attend_keys(policy, q, k, v, scale)
-            self.tally.kept.append(kept_keys)
-            self.tally.allowed.append(heads * length * (length + 1) / 2)
+            self.tally.add(kept_keys, torch.arange(1, length + 1, device=q.device), heads)
             return out
         allowed = allowed_blocks(Masks(0), length, length, q.device)
         if policy is None:
@@ -92,8 +98,7 @@ class PolicyAttention:
         else:
             kept = self._keep(policy, layer, q, k, scale)
         self._before = kept
-        self.tally.kept.append(kept.sum((1, 2, 3)))
-        self.tally.allowed.append(float(allowed.sum()) * heads)
+        self.tally.add(kept.sum((1, 3)), allowed[0].sum(-1), heads)
         if self.on_kept is not None:
             self.on_kept(layer, kept)
         out, lse = attend(q, k, v, kept, scale)
@@ -122,9 +127,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float) -> tuple
 def attend_keys(policy: Policy, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over single keys: a share of those every row sees, its heaviest, or those above a tolerance.
 
-    The heaviest key and the row's own are always kept. Returns out [B, H, L, Dv] and the count of kept keys [B].
+    The heaviest key and the row's own are always kept. Returns out [B, H, L, Dv] and every row's count of kept keys,
+    summed over heads: [B, L].
     """
-    outs, count = [], torch.zeros(len(q), device=q.device)
+    outs, counts = [], []
     v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
     for (first, last), weights, seen in key_weights(q, k, scale):
         if policy.rule == "share":
@@ -135,10 +141,10 @@ def attend_keys(policy: Policy, q: Tensor, k: Tensor, v: Tensor, scale: float) -
             least = weights.amax(-1, keepdim=True).clamp(max=policy.amount)
         own = torch.arange(last, device=q.device) == torch.arange(first, last, device=q.device)[:, None]
         kept = seen & ((weights >= least) | own)
-        count += kept.sum((1, 2, 3))
+        counts.append(kept.sum((1, 3)))
         thinned = weights * kept
         outs.append(thinned / thinned.sum(-1, keepdim=True) @ v[:, :, :last])
-    return torch.cat(outs, 2), count
+    return torch.cat(outs, 2), torch.cat(counts, 1)
 
 
 def key_weights(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:

@@ -31,7 +31,7 @@ def main() -> None:
     subject = Subject.load(options.model, [options.text], options.documents, options.device)
     runs = {kind: [subject.at_density(kind, options.length, options.density * factor) for factor in (1, 0.9)]
             for kind in (OURS, SUB_BLOCKS)}
-    split, sub = (kl_at([(one.density, one.kl) for one in found], options.density) for found in runs.values())
+    split, sub = (kl_at([one.point for one in found], options.density) for found in runs.values())
     facts = environment(options.device)
     command = f"python -m benchmarks.thesis.estimators --model SMOLLM2 --text {options.text.name}"
     write_json(RESULTS / "estimators.json", {

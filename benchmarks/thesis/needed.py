@@ -36,7 +36,7 @@ def measure(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
         subject.criticals(KINDS, length)
         for kind in KINDS:
             outcomes = search(subject, kind, length)
-            points = [(one.density, one.kl) for one in outcomes]
+            points = [one.point for one in outcomes]
             row["kl"][str(kind)] = {
                 **{f"{target:g}": round(density_for(points, target), 4) for target in TARGETS},
                 "runs": [one.to_dict() for one in outcomes]}
@@ -54,7 +54,7 @@ def search(subject: Subject, kind: Policy, length: int) -> list[Outcome]:
     outcomes = [subject.at_density(kind, length, guess)]
     for target in TARGETS:
         for _ in range(REFINEMENTS):
-            points = [(one.density, one.kl) for one in outcomes]
+            points = [one.point for one in outcomes]
             if any(abs(np.log(max(kl, 1e-9) / target)) < CLOSE for _, kl in points):
                 break
             wanted = min(0.97, max(floor, density_for(points, target)))

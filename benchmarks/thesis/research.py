@@ -33,7 +33,7 @@ def measure(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
         subject.criticals([OURS, PERFECT, *CANDIDATES], length)
         floor = subject.criticals([OURS], length)[0].floor()
         found = search(subject, OURS, length)
-        wanted = [max(floor, density_for([(one.density, one.kl) for one in found], target)) for target in TARGETS]
+        wanted = [max(floor, density_for([one.point for one in found], target)) for target in TARGETS]
         subject.attention.heads_of = matching_heads(subject, length, wanted[0])
         curves = {kind: [subject.at_density(kind, length, density) for density in [*wanted, *_in_time(
             kind, length, wanted, floor)]] for kind in (OURS, PERFECT, *CANDIDATES)}
@@ -74,7 +74,7 @@ def _compared(curves: dict[Policy, list[Outcome]], place: int, length: int) -> d
     ours = curves[OURS][place]
     found = {}
     for kind, outcomes in curves.items():
-        points = [(one.density, one.kl) for one in outcomes]
+        points = [one.point for one in outcomes]
         kl = kl_at(points, ours.density)
         saved = saved_density(kind, length)
         in_time = kl_at(points, min(1.0, max(0.01, ours.density + saved)))

@@ -37,7 +37,7 @@ def measure(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _at(subject: Subject, length: int) -> dict[str, Any]:
-    points = [(one.density, one.kl) for one in search(subject, OURS, length)]
+    points = [one.point for one in search(subject, OURS, length)]
     criticals = subject.criticals([OURS], length)[0]
     policy = OURS.at(criticals.amount(max(criticals.floor(), density_for(points, TARGETS[0]))))
     found: dict[tuple[str, str], list[np.ndarray]] = {(need, name): [] for need in NEEDS for name in SIGNALS}

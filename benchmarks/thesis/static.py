@@ -29,7 +29,7 @@ def measure(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
         row: dict[str, Any] = {"length": length, "windows": len(subject.windows(length)), "at": []}
         tolerances = _tolerances(subject, length)
         adaptives = [subject.run(Policy("keys", "absolute", tolerance), length) for tolerance in tolerances]
-        points = [(one.density, one.kl) for one in adaptives]
+        points = [one.point for one in adaptives]
         for density, adaptive in zip(DENSITIES, adaptives, strict=True):
             static = subject.run(Policy("keys", "share", density), length)
             kl = kl_at(points, static.density)  # at the very density of the static share

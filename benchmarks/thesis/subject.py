@@ -45,6 +45,7 @@ class Outcome:
     length: int
     amount: float
     densities: list[float]
+    densities_last: list[float]  # over the last quarter of the query blocks
     change: Change
 
     @property
@@ -55,10 +56,19 @@ class Outcome:
     def kl(self) -> float:
         return self.change.mean("kl")
 
+    @property
+    def point(self) -> tuple[float, float]:
+        return self.density, self.kl
+
+    @property
+    def last_point(self) -> tuple[float, float]:
+        """Density and KL of the last quarter."""
+        return sum(self.densities_last) / len(self.densities_last), self.change.mean("kl_last")
+
     def to_dict(self) -> dict[str, Any]:
         return {"policy": self.policy, "length": self.length, "amount": round(self.amount, 6),
                 "density": round(self.density, 5), "kl": round(self.kl, 7),
-                "kl_last_quarter": round(self.change.mean("kl_last"), 7),
+                "last_quarter": {"density": round(self.last_point[0], 5), "kl": round(self.last_point[1], 7)},
                 "loss_dense": round(self.change.mean("loss_dense"), 5),
                 "loss_rise": round(self.change.loss_rise(), 6),
                 "windows": {"density": [round(d, 5) for d in self.densities],
@@ -150,14 +160,15 @@ class Subject:
         """Judge a policy, or one policy (None: dense) per layer."""
         key = (tuple(policies) if isinstance(policies, Sequence) else policies, length)
         if key not in self._outcomes:
-            change, densities = Change(), list[float]()
+            change, densities, last = Change(), list[float](), list[float]()
             for ids, dense in zip(self.batches(self.windows(length)), self._dense_logits(length), strict=True):
                 sparse = self.logits(ids, policies)
                 densities += self.attention.tally.density().tolist()
+                last += self.attention.tally.density(last_quarter=True).tolist()
                 change.extend(compare(dense, sparse, ids))
             amount = policies.amount if isinstance(policies, Policy) else 0.0
             title = name or (str(policies.kind) if isinstance(policies, Policy) else "plan")
-            outcome = self._outcomes[key] = Outcome(title, length, amount, densities, change)
+            outcome = self._outcomes[key] = Outcome(title, length, amount, densities, last, change)
             print(f"  {self.name} {length}: {title} at {amount:.5g}: density {outcome.density:.4f}, "
                   f"KL {outcome.kl:.5f}", flush=True)
         return self._outcomes[key]

@@ -26,7 +26,7 @@ WITHOUT_PLAN = Plan((Bucket(1, None, Budget(DEFAULT_TOLERANCE), {0: Budget.dense
 def measure(subject: Subject, lengths: Sequence[int], plan_file: Path | None, queries: int) -> dict[str, Any]:
     plan = WITHOUT_PLAN if plan_file is None else Plan.load(plan_file)
     longest = max(lengths)
-    points = [(one.density, one.kl) for one in search(subject, SHARE, longest)]
+    points = [one.point for one in search(subject, SHARE, longest)]
     amount = subject.criticals([SHARE], longest)[0].amount(density_for(points, FREE))
     rows: list[dict[str, Any]] = []
     for length in sorted(lengths, reverse=True):
