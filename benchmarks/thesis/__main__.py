@@ -7,13 +7,15 @@
 Parts: needed (a), transfer (b), rules (c), static (d), signal (e), symbols (f), research (g); each module says what it
 does. Writes <model>-<part>.json and SVG charts to --out, and the bars of `rules` to benchmarks/figures.json.
 
-Cost on one H100, both models, all parts, defaults, by arithmetic: a pass over 196,608 tokens of 8K windows of SmolLM2
-(30 layers, 9 heads) is 53 TFLOP of weights (0.2 s in TF32), 2.2e11 causal scores (a perfect selector reads and writes
-them about ten times in float32: 3 s; an estimate of 8 vectors a block an eighth of that; attention over the lists at
-density 0.3 in bfloat16: 0.1 s), and 9.7e9 logits (0.2 s). About 40 estimated and 20 perfect passes a length come to
-110 s at 8K, half at 4K, less below; tiny-lm (36 heads, 32K windows: 1.1e11 scores) takes 60 s at 32K and half at each
-shorter length. In all 7 to 9 minutes; --documents 12 halves it. Memory: scores 1 GB a temporary (a handful alive),
-logits 4 GB, dense logits in float16 of all windows 19 GB (SmolLM2), so below 40 GB.
+Cost on one H100, defaults, by arithmetic, not measured. A pass over 98,304 tokens in 8K windows of SmolLM2 (30
+layers, 9 heads) is 27 TFLOP of weights (0.1 s in TF32), 1.1e11 causal scores and 4.8e9 logits (0.2 s). A perfect
+selector reads and writes the scores about twelve times in float32 (1.8 s), an estimate of 8 vectors a block an eighth
+of that; attention over the lists at density 0.3 in bfloat16 takes 0.1 s, launches 0.3 s. All parts are about 60
+estimated and 30 perfect passes a length: 120 s at 8K, 100 s at 4K (24 windows), less below, so five to six minutes
+for SmolLM2. tiny-lm (36 heads) has 7.7e10 scores at 32K and half at each shorter length: four to five minutes with
+the retrieval rows of `transfer` and `symbols`. Memory: scores 1 GB a temporary (a handful alive), logits 2 GB, dense
+logits in float16 of all windows 10 GB (SmolLM2): below 30 GB. A part writes its files when it ends. On two CPU cores
+a pass over 2K tokens is 1 s (tiny-lm) and 7 s (SmolLM2); use OMP_NUM_THREADS=1 where other work runs.
 """
 
 import argparse

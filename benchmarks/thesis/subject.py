@@ -32,7 +32,7 @@ from sparsify.models.tasks import Rows, heldout_tokens
 
 PASSAGE = 16_384  # tokens: about 40 pages
 CALIBRATION = 3  # passages
-TOKENS = 196_608  # judged per length, at most
+TOKENS = 98_304  # judged per length, at most
 LOGITS = {"cpu": 1 << 27, "cuda": 1 << 29}  # of one forward pass
 SEPARATOR = "<|endoftext|>"
 

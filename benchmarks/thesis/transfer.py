@@ -5,6 +5,7 @@ A plan is a file of `sparsify calibrate`; without one, the default tolerance at 
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from benchmarks.thesis.needed import search
 from benchmarks.thesis.policies import Policy
 from benchmarks.thesis.quality import density_for, interval
 from benchmarks.thesis.subject import Subject
+from sparsify.errors import OptionError
 from sparsify.models.loading import TINY_LM
 from sparsify.models.tasks import retrieval_rows
 from sparsify.plan import DEFAULT_TOLERANCE, Bucket, Budget, Plan
 
+FOLLOWED = ("tolerance", "max_density", "sinks", "local", "singles")
 FREE = 0.01  # KL, nats
 SHARE = Policy("split-6", "share")
 QUERIES = {"kv": 4, "copy": 2}  # per row
@@ -47,12 +50,23 @@ def measure(subject: Subject, lengths: Sequence[int], plan_file: Path | None, qu
 
 
 def plan_policies(plan: Plan, length: int, layers: int) -> list[Policy | None]:
-    """One policy per layer: what the plan's bucket of this length says of the site of that number."""
+    """One policy per layer: what the plan's bucket of this length says of the site of that number.
+
+    Raises OptionError for a budget that says more than a policy can.
+    """
     bucket = plan.bucket_of(length)
-    return [None if budget.tolerance is None else
-            Policy(f"split-{budget.singles}", "absolute", budget.tolerance, max_density=budget.max_density,
-                   sinks=budget.sinks, local=budget.local)
-            for budget in (bucket.budget_of(layer) for layer in range(layers))]
+    return [_policy_of(bucket.budget_of(layer)) for layer in range(layers)]
+
+
+def _policy_of(budget: Budget) -> Policy | None:
+    if budget.tolerance is None:
+        return None
+    for one in fields(budget):
+        if one.name not in FOLLOWED and getattr(budget, one.name) != one.default:
+            raise OptionError(f"plan has a budget with {one.name} = {getattr(budget, one.name)!r}, which the experiments "
+                              f"do not follow; they know {', '.join(FOLLOWED)}. Give a plan without it.")
+    return Policy(f"split-{budget.singles}", "absolute", budget.tolerance, max_density=budget.max_density,
+                  sinks=budget.sinks, local=budget.local)
 
 
 def retrieval(subject: Subject, policies: Any, kind: str, length: int, queries: int) -> dict[str, Any]:
