@@ -15,6 +15,7 @@ Variants, beyond what the product does:
     shared       every second layer keeps what the layer before it kept, head by best matching head
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -32,6 +33,7 @@ VARIANTS = ("zero-order", "feedback", "shared")
 KEYS = "keys"  # the estimator of policies by single keys: true weights, no blocks
 MOST_CORRECTION = 8.0  # feedback trusts an error of no more than this factor, and half of it in log: the kept blocks
 TRUST = 0.5  # it hears of were overestimated more often than the rest
+LEAST_WEIGHT, BISECTIONS = 1e-20, 26  # 46 nats / 2**26: float32 tells no nearer weights apart
 Watch = Callable[[int, Tensor, Tensor, Tensor, float], None]
 Policies = Policy | None | Sequence[Policy | None]
 
@@ -135,8 +137,7 @@ def attend_keys(policy: Policy, q: Tensor, k: Tensor, v: Tensor, scale: float) -
     for (first, last), weights, seen in key_weights(q, k, scale):
         if policy.rule == "share":
             wanted = (policy.amount * seen.sum(-1)).round().clamp(min=1).long()  # [rows]
-            order = weights.sort(dim=-1, descending=True).values
-            least = order.gather(-1, (wanted - 1)[:, None].expand(*order.shape[:2], -1, 1))
+            least = _weight_of_rank(weights, wanted[:, None])
         else:
             least = weights.amax(-1, keepdim=True).clamp(max=policy.amount)
         own = torch.arange(last, device=q.device) == torch.arange(first, last, device=q.device)[:, None]
@@ -145,6 +146,17 @@ def attend_keys(policy: Policy, q: Tensor, k: Tensor, v: Tensor, scale: float) -
         thinned = weights * kept
         outs.append(thinned / thinned.sum(-1, keepdim=True) @ v[:, :, :last])
     return torch.cat(outs, 2), torch.cat(counts, 1)
+
+
+def _weight_of_rank(weights: Tensor, rank: Tensor) -> Tensor:
+    """The weight that `rank` keys of a row reach, [..., rows, 1], by bisection of its logarithm: sorting takes longer."""
+    low = torch.full_like(weights[..., :1], math.log(LEAST_WEIGHT))
+    high = torch.zeros_like(low)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        enough = (weights >= middle.exp()).sum(-1, keepdim=True) >= rank
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low.exp()
 
 
 def key_weights(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
