@@ -149,7 +149,7 @@ def attend_keys(policy: Policy, q: Tensor, k: Tensor, v: Tensor, scale: float) -
 
 
 def _weight_of_rank(weights: Tensor, rank: Tensor) -> Tensor:
-    """The weight that `rank` keys of a row reach, [..., rows, 1], by bisection of its logarithm: sorting takes longer."""
+    """The weight that `rank` keys of a row reach, [..., rows, 1], by bisecting its logarithm: sorting takes longer."""
     low = torch.full_like(weights[..., :1], math.log(LEAST_WEIGHT))
     high = torch.zeros_like(low)
     for _ in range(BISECTIONS):

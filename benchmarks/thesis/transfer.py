@@ -63,8 +63,8 @@ def _policy_of(budget: Budget) -> Policy | None:
         return None
     for one in fields(budget):
         if one.name not in FOLLOWED and getattr(budget, one.name) != one.default:
-            raise OptionError(f"plan has a budget with {one.name} = {getattr(budget, one.name)!r}, which is not followed "
-                              f"here; what is: {', '.join(FOLLOWED)}. Give a plan without it.")
+            raise OptionError(f"plan has a budget with {one.name} = {getattr(budget, one.name)!r}, which is not "
+                              f"followed here; what is: {', '.join(FOLLOWED)}. Give a plan without it.")
     return Policy(f"split-{budget.singles}", "absolute", budget.tolerance, max_density=budget.max_density,
                   sinks=budget.sinks, local=budget.local)
 
