@@ -393,6 +393,15 @@ def test_bars_are_the_issues():
     assert len(rules.figures("tiny-lm", result, "here", "command")) == 3
 
 
+def test_a_shipped_plan_is_judged_at_every_length_and_the_default_is_not():
+    answers = {"retrieval": {"kv": {"right": 0.99}}}
+    row = {"length": 512, "dense": answers, "plan": {"kl": 0.02, "loss_rise": 0.001, "loss_rise_interval": [0, 0.004],
+                                                     "retrieval": {"kv": {"right": 0.97}}}}
+    found = transfer.figures("tiny-lm", {"plan_file": "plan.json", "lengths": [row]}, "here", "command")
+    assert [(figure.value, figure.met) for figure in found] == [(0.02, False), (0.001, True), (0.004, True), (2.0, False)]
+    assert transfer.figures("tiny-lm", {"plan_file": None, "lengths": [row]}, "here", "command") == []
+
+
 def test_every_part_runs_and_writes_numbers_and_charts(subject, tmp_path, monkeypatch):
     monkeypatch.setattr(Subject, "load", lambda *arguments: replace(subject, documents=1))
     monkeypatch.setattr("sys.argv", ["thesis", "needed", "rules", "transfer", "static", "--lengths", "512", "640",

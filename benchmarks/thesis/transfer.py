@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.charts import Series, draw
+from benchmarks.figures import Figure
 from benchmarks.thesis.needed import search
 from benchmarks.thesis.policies import Policy
-from benchmarks.thesis.quality import density_for, interval
+from benchmarks.thesis.quality import density_for, interval, ratio_interval
 from benchmarks.thesis.subject import Subject
 from sparsify.errors import OptionError
 from sparsify.models.loading import TINY_LM
@@ -40,13 +41,15 @@ def measure(subject: Subject, lengths: Sequence[int], plan_file: Path | None, qu
             row[name] = {}
             if policies is not None:
                 outcome = subject.run(policies, length, name)
-                row[name] = {**outcome.to_dict(), "kl_interval": interval(outcome.change.kl)}
+                rise = ratio_interval(outcome.change.loss, outcome.change.loss_dense)
+                row[name] = {**outcome.to_dict(), "kl_interval": interval(outcome.change.kl),
+                             "loss_rise_interval": [round(x - 1, 6) for x in rise]}
             if subject.name == "tiny-lm":
                 row[name]["retrieval"] = {kind: retrieval(subject, policies, kind, length, queries) for kind in QUERIES}
         rows.insert(0, row)
         print(f"{subject.name} {length}: share KL {row['fixed share']['kl']:.4f}, plan KL {row['plan']['kl']:.4f}; "
               + str({name: row[name].get("retrieval") for name in sides}), flush=True)
-    return {"plan": plan.to_dict(), "share": amount, "longest": longest, "lengths": rows}
+    return {"plan_file": None if plan_file is None else plan_file.name, "plan": plan.to_dict(), "share": amount, "longest": longest, "lengths": rows}
 
 
 def plan_policies(plan: Plan, length: int, layers: int) -> list[Policy | None]:
@@ -74,6 +77,23 @@ def retrieval(subject: Subject, policies: Any, kind: str, length: int, queries: 
     rows = retrieval_rows(TINY_LM, kind, length, max(1, queries // QUERIES[kind]))
     right, density = subject.answers(policies, rows)
     return {"right": round(sum(right) / len(right), 4), "queries": len(right), "density": round(density, 4)}
+
+
+def figures(name: str, result: dict[str, Any], where: str, command: str) -> list[Figure]:
+    """The issue's bars for a plan that ships; none without a plan file."""
+    if result["plan_file"] is None:
+        return []
+    found = []
+    for row in result["lengths"]:
+        of_plan = row["plan"]
+        bars = [("KL", of_plan["kl"], 0.01, "nats"), ("loss rise", of_plan["loss_rise"], 0.003, "relative"),
+                ("loss rise, upper 95 % bound", of_plan["loss_rise_interval"][1], 0.005, "relative")]
+        for kind, answers in of_plan.get("retrieval", {}).items():
+            behind = round(100 * (row["dense"]["retrieval"][kind]["right"] - answers["right"]), 4)
+            bars.append((f"{kind}, points behind dense", behind, 1.0, "points"))
+        found += [Figure("budgets", f"{name} {row['length']}: {what} of the plan", value, f"<= {bar:g}", unit, where,
+                         command) for what, value, bar, unit in bars]
+    return found
 
 
 def charts(name: str, result: dict[str, Any]) -> dict[str, str]:
