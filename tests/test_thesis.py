@@ -398,7 +398,8 @@ def test_a_shipped_plan_is_judged_at_every_length_and_the_default_is_not():
     row = {"length": 512, "dense": answers, "plan": {"kl": 0.02, "loss_rise": 0.001, "loss_rise_interval": [0, 0.004],
                                                      "retrieval": {"kv": {"right": 0.97}}}}
     found = transfer.figures("tiny-lm", {"plan_file": "plan.json", "lengths": [row]}, "here", "command")
-    assert [(figure.value, figure.met) for figure in found] == [(0.02, False), (0.001, True), (0.004, True), (2.0, False)]
+    assert [(figure.value, figure.met) for figure in found] == [
+        (0.02, False), (0.001, True), (0.004, True), (2.0, False)]
     assert transfer.figures("tiny-lm", {"plan_file": None, "lengths": [row]}, "here", "command") == []
 
 

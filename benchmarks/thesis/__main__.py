@@ -5,8 +5,8 @@
     python -m benchmarks.thesis transfer --plan plan.json
 
 Parts: needed (a), transfer (b), rules (c), static (d), signal (e), symbols (f), research (g); each module says what it
-does. Writes <model>-<part>.json and SVG charts to --out, and what the issue asks for to benchmarks/figures.json (`rules`, and
-`transfer` with a plan file).
+does. Writes <model>-<part>.json and SVG charts to --out, and bars to benchmarks/figures.json (`rules`; `transfer` where
+a plan file is given).
 
 Cost on one H100, defaults, by arithmetic, not measured. A pass over 98,304 tokens in 8K windows of SmolLM2 (30
 layers, 9 heads) is 27 TFLOP of weights (0.1 s in TF32), 1.1e11 causal scores and 4.8e9 logits (0.2 s). A perfect

@@ -49,7 +49,8 @@ def measure(subject: Subject, lengths: Sequence[int], plan_file: Path | None, qu
         rows.insert(0, row)
         print(f"{subject.name} {length}: share KL {row['fixed share']['kl']:.4f}, plan KL {row['plan']['kl']:.4f}; "
               + str({name: row[name].get("retrieval") for name in sides}), flush=True)
-    return {"plan_file": None if plan_file is None else plan_file.name, "plan": plan.to_dict(), "share": amount, "longest": longest, "lengths": rows}
+    return {"plan_file": None if plan_file is None else plan_file.name, "plan": plan.to_dict(), "share": amount,
+            "longest": longest, "lengths": rows}
 
 
 def plan_policies(plan: Plan, length: int, layers: int) -> list[Policy | None]:
