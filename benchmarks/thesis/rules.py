@@ -54,10 +54,11 @@ def _compared(curves: dict[Policy, list[Outcome]], place: int) -> dict[str, Any]
         scale = kl / near.kl if near.kl else 1.0
         low, high = ratio_interval(ours.change.kl, [max(1e-9, scale * x) for x in near.change.kl])
         last = kl_at([one.last_point for one in outcomes], ours.last_point[0])
+        between = min(one.last_point[0] for one in outcomes) <= 1.02 * ours.last_point[0]
         compared[str(kind)] = {"kl": round(kl, 6), "ours_over_it": round(ours.kl / max(kl, 1e-9), 4),
                                "interval": [round(low, 4), round(high, 4)],
                                "density_before": round(near.density, 4),
-                               "last_quarter": {"kl": round(last, 6),
+                               "last_quarter": {"kl": round(last, 6), "extrapolated": not between,
                                                 "ours_over_it": round(ours.last_point[1] / max(last, 1e-9), 4)}}
     return {"density": round(ours.density, 5), "density_last_quarter": round(ours.last_point[0], 5),
             "tolerance": round(ours.amount, 6), "policies": compared}
