@@ -118,7 +118,7 @@ class Subject:
         title = loaded.name.split("-Instruct")[0].split(".")[0]
         return cls(title, lambda ids: network(ids, use_cache=False).logits, attention, config.num_hidden_layers,
                    config.num_attention_heads, config.vocab_size, pieces, documents, where,
-                   lambda token: loaded.tokenizer.decode([token]))
+                   functools.cache(lambda token: loaded.tokenizer.decode([token])))
 
     def windows(self, length: int) -> Tensor:
         """Judged windows [windows, length]."""
