@@ -1,5 +1,7 @@
 """The attention ops: `sparsify::block_sparse_attention`, `::adaptive_attention` and `::exact_attention`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from sparsify.errors import ShapeError
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, allowed_blocks, capacity, count_blocks
 from sparsify.kernels.masks import Masks
 from sparsify.ops import counters, crossover, exact
-from sparsify.ops.checks import check_inputs, check_tolerance
+from sparsify.ops.checks import check_inputs, check_protected, check_shifts, check_tolerance
 from sparsify.ops.lists import attend_lists, has_kernels
 from sparsify.ops.select import keep_lists
 
@@ -45,23 +47,27 @@ def _(q, k, v, kept, counts, scale, causal_offset, window, key_mask, query_docum
 def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset: int | None, window: int | None,
                        key_mask: Tensor | None, query_documents: Tensor | None, key_documents: Tensor | None,
                        attn_mask: Tensor | None, softcap: float, sink_logits: Tensor | None, tolerance: float,
-                       max_density: float, sinks: int, local: int, singles: int, site: int, version: int) -> Tensor:
+                       max_density: float, sinks: int, local: int, singles: int, site: int, version: int,
+                       shifts: Sequence[float] | None = None, protected: Tensor | None = None) -> Tensor:
     """Attention that drops the key blocks to which no query of a query block gives `tolerance` of its attention.
 
     A call for which selection would not pay runs exact: few heads, short sequences (`crossover.selection_pays`).
 
-    Shapes and masks as in `sparsify.ops`, the budget as in `select_blocks`. `site` names the attention site to
+    Shapes and masks as in `sparsify.ops`; budget, shifts and protected as in `select_blocks`. `site` names the attention site to
     `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls. Returns out
-    [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError.
+    [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError,
+    OptionError.
     """
     masks = check_inputs(q, k, v, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
                                         softcap, sink_logits))
     check_tolerance(tolerance)
-    if not has_kernels(q, v) or not crossover.selection_pays(q, k, v, scale, masks, tolerance, singles):
+    check_shifts(shifts, q)
+    check_protected(protected, k)
+    if not has_kernels(q, v) or not crossover.selection_pays(q, k, v, scale, masks, tolerance, singles, shifts):
         if counters.is_counting():
             counters.record_all(site)
         return _exact(q, k, v, scale, masks)
-    kept, counts = keep_lists(q, k, scale, masks, tolerance, max_density, sinks, local, singles)
+    kept, counts = keep_lists(q, k, scale, masks, tolerance, max_density, sinks, local, singles, shifts, protected)
     if counters.is_counting():
         counters.record(site, counts, allowed_blocks(masks, q.shape[2], k.shape[2], q.device))
     return attend_lists(q, k, v, kept, counts, scale, masks)[0]
@@ -69,7 +75,7 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
 
 @adaptive_attention.register_fake
 def _(q, k, v, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits,
-      tolerance, max_density, sinks, local, singles, site, version):
+      tolerance, max_density, sinks, local, singles, site, version, shifts=None, protected=None):
     return _empty_out(q, v)
 
 
