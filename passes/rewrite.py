@@ -125,8 +125,10 @@ class _Rewriter:
                 if budget.is_dense:
                     new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
                 else:
+                    shifts = () if budget.shifts is None else (list(budget.shifts),)
                     new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
-                               budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION)
+                               budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION,
+                               *shifts)
             new.meta = {**old.meta, "val": new.meta["val"]}
             made = self.gained(site, new, "output")
         self.replaced[old] = self.as_before(made, site)

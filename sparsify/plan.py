@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify import timings
+from sparsify.bounds import Bounds
 from sparsify.errors import PlanError
 
 SCHEMA = 1
@@ -33,6 +34,8 @@ class Budget:
     sinks        first key blocks that are always kept
     local        key blocks before the diagonal that are always kept
     singles      surprising keys that a split summary keeps single (m)
+    shifts       a factor on the tolerance for each query head, 0 (keep everything) to 1; None: 1 for all.
+                 `Plan.guaranteed` sets them
     """
 
     tolerance: float | None
@@ -40,6 +43,7 @@ class Budget:
     sinks: int = 1
     local: int = 1
     singles: int = 6
+    shifts: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not (_is_number(self.tolerance) and 0 <= self.tolerance <= 1):
@@ -51,6 +55,11 @@ class Budget:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise PlanError(f"budget.{name} is {value!r}. Give a whole number from {least} to {most}.")
+        if self.shifts is not None:
+            if not isinstance(self.shifts, tuple | list) or not self.shifts or not all(
+                    _is_number(shift) and 0 <= shift <= 1 for shift in self.shifts):
+                raise PlanError(f"budget.shifts is {self.shifts!r}. Give a factor from 0 to 1 for each query head.")
+            object.__setattr__(self, "shifts", tuple(self.shifts))
 
     @classmethod
     def dense(cls) -> "Budget":
@@ -62,20 +71,25 @@ class Budget:
         return self.tolerance is None
 
     def __str__(self) -> str:
-        return "dense" if self.is_dense else f"tolerance {self.tolerance:g}"
+        if self.is_dense:
+            return "dense"
+        times = "" if self.shifts is None else f" times {min(self.shifts):.3g} to {max(self.shifts):.3g} by head"
+        return f"tolerance {self.tolerance:g}{times}"
 
 
 @dataclass(frozen=True)
 class Bucket:
     """Half-open range of key lengths `[lo, hi)` (hi None: no end) and the budget that holds in it.
 
-    `sites` overrides the budget of single attention sites, by their index in the graph.
+    `sites` overrides the budget of single attention sites, by their index in the graph. `bounds` is what calibration
+    promises here, `Bounds.to_dict()`; empty: nothing.
     """
 
     lo: int
     hi: int | None
     budget: Budget
     sites: Mapping[int, Budget] = field(default_factory=dict)
+    bounds: Mapping[str, Any] = field(default_factory=dict)
 
     def budget_of(self, site: int) -> Budget:
         """The budget of the attention site with this index."""
@@ -149,6 +163,34 @@ class Plan:
             raise PlanError(f"length is {length}. Key lengths start at 1.")
         return next(bucket for bucket in self.buckets if length in bucket)
 
+    def guaranteed(self, target: float) -> "Plan":
+        """The plan under which at least this share of query blocks keeps every key block with a peak.
+
+        Peaks are those of at least the tolerance; the share is promised on average over documents like those the plan
+        was calibrated on (`sparsify.bounds`). Sites without a bound stay dense. Raises PlanError for a bucket without
+        bounds, or without this target.
+        """
+        if not (_is_number(target) and 0 < target < 1):
+            raise PlanError(f"guarantee is {target!r}. Give a share of query blocks between 0 and 1, as 0.95.")
+        buckets = []
+        for i, bucket in enumerate(self.buckets):
+            if all(budget.is_dense for budget in (bucket.budget, *bucket.sites.values())):
+                buckets.append(bucket)
+                continue
+            if not bucket.bounds:
+                raise PlanError(f"guarantee is {target:g} and plan.buckets[{i}] {bucket} has no bounds: it was not "
+                                "calibrated. Calibrate the plan, or leave guarantee out.")
+            bounds = Bounds.from_dict(bucket.bounds, f"plan.buckets[{i}].bounds")
+            promise = bounds.promise(target)
+            if promise is None:
+                known = ", ".join(f"{x:g}" for x in sorted(bounds.promises))
+                raise PlanError(f"guarantee is {target:g} and plan.buckets[{i}] {bucket} was calibrated for {known}. "
+                                "Give one of these.")
+            sites = {site: replace(bucket.budget_of(site), shifts=shifts) for site, shifts in promise.shifts.items()
+                     if not bucket.budget_of(site).is_dense}
+            buckets.append(replace(bucket, budget=Budget.dense(), sites=sites))
+        return replace(self, buckets=tuple(buckets), name=f"{self.name}, guarantee {target:g}")
+
     def merged(self) -> "Plan":
         """The same plan with equal neighbouring buckets joined, so that fewer graphs are compiled."""
         buckets: list[Bucket] = []
@@ -176,7 +218,8 @@ class Plan:
             "fingerprint": dict(self.fingerprint),
             "buckets": [
                 {"lo": b.lo, "hi": b.hi, "budget": _budget_to_dict(b.budget),
-                 "sites": {str(i): _budget_to_dict(budget) for i, budget in sorted(b.sites.items())}}
+                 "sites": {str(i): _budget_to_dict(budget) for i, budget in sorted(b.sites.items())},
+                 **({"bounds": dict(b.bounds)} if b.bounds else {})}
                 for b in self.buckets
             ],
         }
@@ -223,6 +266,8 @@ class Plan:
         for bucket in self.buckets:
             others = "".join(f", site {i}: {budget}" for i, budget in sorted(bucket.sites.items()))
             lines.append(f"  {bucket}: {bucket.budget}{others}")
+            if bucket.bounds:
+                lines.append(f"    guarantee {Bounds.from_dict(bucket.bounds)}")
         return "\n".join(lines)
 
 
@@ -248,13 +293,14 @@ def _budget_to_dict(budget: Budget) -> dict[str, Any]:
     if budget.is_dense:
         return {"tolerance": None}
     return {"tolerance": budget.tolerance, "max_density": budget.max_density, "sinks": budget.sinks,
-            "local": budget.local, "singles": budget.singles}
+            "local": budget.local, "singles": budget.singles,
+            **({} if budget.shifts is None else {"shifts": list(budget.shifts)})}
 
 
 def _budget_from_dict(where: str, data: Any) -> Budget:
     if not isinstance(data, Mapping) or "tolerance" not in data:
         raise PlanError(f"{where} is {data!r}. It must be an object with the key 'tolerance'.")
-    _refuse_unknown(where, data, {"tolerance", "max_density", "sinks", "local", "singles"})
+    _refuse_unknown(where, data, {"tolerance", "max_density", "sinks", "local", "singles", "shifts"})
     try:
         return Budget(**data)
     except PlanError as error:
@@ -265,7 +311,7 @@ def _bucket_from_dict(i: int, data: Any) -> Bucket:
     where = f"plan.buckets[{i}]"
     if not isinstance(data, Mapping):
         raise PlanError(f"{where} is {data!r}. It must be an object with the keys lo, hi and budget.")
-    _refuse_unknown(where, data, {"lo", "hi", "budget", "sites"})
+    _refuse_unknown(where, data, {"lo", "hi", "budget", "sites", "bounds"})
     lo, hi = data.get("lo"), data.get("hi")
     for name, value in (("lo", lo), ("hi", hi)):
         if not (isinstance(value, int) and not isinstance(value, bool)) and not (name == "hi" and value is None):
@@ -276,7 +322,10 @@ def _bucket_from_dict(i: int, data: Any) -> Bucket:
             raise PlanError(f"{where}.sites has the key {key!r}. Keys are indices of attention sites: 0, 1, 2 ...")
         sites[int(key)] = _budget_from_dict(f"{where}.sites[{key}]", budget)
     assert isinstance(lo, int)  # checked above; for the type checker
-    return Bucket(lo, hi, _budget_from_dict(f"{where}.budget", data.get("budget")), sites)
+    bounds = data.get("bounds") or {}
+    if bounds:
+        Bounds.from_dict(bounds, f"{where}.bounds")
+    return Bucket(lo, hi, _budget_from_dict(f"{where}.budget", data.get("budget")), sites, bounds)
 
 
 def _refuse_unknown(where: str, data: Mapping[str, Any], known: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The arrow of imports: kernels <- ops <- passes <- the rest; plan, errors, timings: leaves; Triton only in kernels."""
+"""The arrow of imports: kernels <- ops <- passes <- the rest; plan, errors, timings, bounds: leaves; Triton in kernels."""
 
 import ast
 import subprocess
@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = {"kernels": 0, "ops": 1, "passes": 2}
-LEAVES = {"errors", "plan", "timings"}
+LEAVES = {"bounds", "errors", "plan", "timings"}
 REST = 3
 
-CORE = {"torch", "packaging", "sympy", "sparsify"}  # sympy comes with torch and speaks for its symbolic shapes
+CORE = {"torch", "packaging", "sympy", "mpmath", "sparsify"}  # sympy comes with torch, and mpmath with sympy
 EXTRAS = {
     "cli.py": {"typer", "rich", "transformers"},
     "models/loading.py": {"transformers"},
@@ -21,7 +21,7 @@ EXTRAS = {
 
 SOURCES = {
     path.relative_to(ROOT / "sparsify").as_posix(): ROOT / "sparsify" / path.relative_to(ROOT / "sparsify")
-    for folder in ("", "ops", "passes", "kernels", "models")
+    for folder in ("", "ops", "passes", "kernels", "calibration", "models")
     for path in sorted((ROOT / "sparsify" / folder).glob("*.py"))
 }
 

@@ -1,0 +1,1 @@
+"""Calibration: what a plan may promise, from documents."""
