@@ -1,7 +1,8 @@
 """Bounds: what calibration promises of a bucket, and the shifts that the promise takes. Plain data in a plan file.
 
-A query block *misses a peak* if a key block that it dropped has a true peak of at least the tolerance. Under a target of
-0.95 at most 5 % of the query blocks of new documents do: by that each head's tolerance is multiplied by its *shift*.
+A query block *misses a peak* if a key block that it dropped has a true peak of at least the tolerance. Under a target
+of 0.95 at most 5 % of the query blocks of new documents do; for that each head's tolerance is multiplied by its
+*shift*.
 
 A leaf: imports nothing of sparsify but the errors.
 """

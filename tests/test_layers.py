@@ -1,4 +1,4 @@
-"""The arrow of imports: kernels <- ops <- passes <- the rest; plan, errors, timings, bounds: leaves; Triton in kernels."""
+"""The arrow of imports: kernels <- ops <- passes <- the rest; LEAVES below all; Triton only in kernels."""
 
 import ast
 import subprocess

@@ -138,7 +138,7 @@ def fit(documents: Sequence[Document], targets: Sequence[float] = TARGETS) -> Bo
     kinds = [document.kind for document in documents]
     data = _Counts(counts)
     promises = {target: _promise(data, kinds, target, heads) for target in targets}
-    return Bounds(len(documents), int(counts[:, NEEDS].sum()), tuple(sorted({kind for kind in kinds if kind})), promises)
+    return Bounds(len(documents), int(counts[:, NEEDS].sum()), tuple(sorted(set(kinds) - {""})), promises)
 
 
 class _Counts:

@@ -53,8 +53,8 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
 
     A call for which selection would not pay runs exact: few heads, short sequences (`crossover.selection_pays`).
 
-    Shapes and masks as in `sparsify.ops`; budget, shifts and protected as in `select_blocks`. `site` names the attention site to
-    `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls. Returns out
+    Shapes and masks as in `sparsify.ops`; budget, shifts and protected as in `select_blocks`. `site` names the
+    attention site to `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls. Returns out
     [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError,
     OptionError.
     """

@@ -50,7 +50,8 @@ def reference(q, k, masks, singles, scale):
     return oracle.peaks(oracle.estimated_shares(q, k, singles=singles, scale=scale, **named(masks)))
 
 
-def check(rng, case, dtype, *, tolerance, max_density=1.0, singles=6, shifts=None, protected=None, told=None, **changed):
+def check(rng, case, dtype, *, tolerance, max_density=1.0, singles=6, shifts=None, protected=None, told=None,
+          **changed):
     """`changed` fields of the masks, and what is `told`, are what the kernel gets instead of the truth."""
     q, k, _ = qkv(rng, case, dtype, spread=1.5)
     masks = draw_masks(rng, case)
