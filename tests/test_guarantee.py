@@ -30,8 +30,9 @@ def test_a_sketch_counts_what_a_lower_tolerance_keeps_and_misses(shape, budget, 
     allowed = allowed_blocks(case.masks, **case.sizes, device=device)[:, None].expand_as(peaks)
     for step in (0, 1, 7, 40, STEPS):
         tolerance = budget.tolerance * float(torch.tensor(-STEP * step).exp())
-        kept = rule.keep(estimate, **case.sizes, tolerance=tolerance, max_density=budget.max_density,
-                         sinks=budget.sinks, local=budget.local, masks=case.masks)
+        lists = rule.choose_blocks(estimate, **case.sizes, tolerance=tolerance, max_density=budget.max_density,
+                                   sinks=budget.sinks, local=budget.local, masks=case.masks)
+        kept = rule.unpack(lists, peaks.shape[3])
         misses = (allowed & ~kept & (peaks >= budget.tolerance)).any(-1).sum((0, 2))
         assert torch.equal(found[NEEDS, :, step + 1:].sum(-1), misses.cpu().float())
         assert torch.equal(found[BLOCKS, :, : step + 1].sum(-1), kept.sum((0, 2, 3)).cpu().float())

@@ -3,7 +3,8 @@
     miss        a query block drops a key block whose true peak is at least the tolerance
     need        of a key block: the log by which the tolerance must fall until selection keeps it. Of a query block: the
                 largest need among its key blocks with true peaks at or above the tolerance; lowered that far it misses
-                nothing. Forced blocks need nothing, and a query block that keeps more than `max_density` keeps all
+                nothing. Forced blocks need nothing, a query block that keeps more than `max_density` keeps all, and the
+                block that evens out a list comes with the one before it
     shift       a head's factor on the tolerance, exp(-need) at a quantile of its query blocks' needs
     document    what may be exchanged for another of its kind: rows and query blocks of one document are alike
 
@@ -110,8 +111,11 @@ def sketch(q: Tensor, k: Tensor, scale: float, masks: Masks, budget: Budget) -> 
     needs = (budget.tolerance / estimate).log().masked_fill(forced, -torch.inf).masked_fill(~allowed, torch.inf)
     number = allowed.sum(-1, keepdim=True)
     most = (budget.max_density * number).long()  # kept blocks beyond it are all blocks
-    whole = needs.sort(-1).values.gather(-1, most.clamp(max=needs.shape[-1] - 1)).masked_fill(most >= number, torch.inf)
-    needs = torch.minimum(needs, whole)
+    ordered = needs.sort(dim=-1, stable=True)
+    whole = ordered.values.gather(-1, most.clamp(max=needs.shape[-1] - 1)).masked_fill(most >= number, torch.inf)
+    paired = ordered.values.clone()
+    paired[..., 1::2] = ordered.values[..., : paired.shape[-1] - 1: 2]  # lists are even: the second comes with the first
+    needs = torch.minimum(torch.empty_like(needs).scatter_(-1, ordered.indices, paired), whole)
     of_rows = needs.masked_fill(~allowed | (peaks < budget.tolerance), -torch.inf).amax(-1)
 
     counted = number[..., 0] > 0  # rows that see nothing, as padding does, are no query blocks
