@@ -89,7 +89,8 @@ class _Rewriter:
         else:
             op = self.replace(index, chosen)
         return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why, site.output.node.name,
-                          str(chosen.mask), str(chosen.bucket), str(chosen.budget), op, depends)
+                          str(chosen.mask), str(chosen.bucket), str(chosen.budget), op, depends,
+                          protection=chosen.protection)
 
     def replace(self, index: int, chosen: ChosenSite) -> str:
         """Put an op where the site's output was; its name."""
@@ -125,10 +126,12 @@ class _Rewriter:
                 if budget.is_dense:
                     new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
                 else:
-                    shifts = () if budget.shifts is None else (list(budget.shifts),)
+                    own: dict[str, Any] = {} if budget.shifts is None else {"shifts": list(budget.shifts)}
+                    if chosen.protected is not None:
+                        own["protected"] = self.replaced.get(chosen.protected, chosen.protected)
                     new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
                                budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION,
-                               *shifts)
+                               **own)
             new.meta = {**old.meta, "val": new.meta["val"]}
             made = self.gained(site, new, "output")
         self.replaced[old] = self.as_before(made, site)

@@ -252,7 +252,7 @@ def test_mode_and_options_reach_inductor(monkeypatch):
 def test_verify_masks_reaches_the_pass_and_not_inductor(monkeypatch, verify):
     seen = []
 
-    def run(gm, inputs, plan, verify_masks=False):
+    def run(gm, inputs, plan, verify_masks=False, protects=False):
         seen.append(verify_masks)
         return gm, []
 
@@ -340,7 +340,8 @@ def test_explain_says_what_became_of_each_site():
     (site,) = explanation.sites
     told = {"graph": 0, "index": 0, "outcome": "sparse", "form": "softmax chain", "line": site.record.line,
             "module": "", "why": "guard on the key length", "node": site.record.node, "mask": "causal",
-            "bucket": "[32, inf)", "budget": "tolerance 0", "op": "adaptive_attention", "depends": (), "density": 1.0}
+            "bucket": "[32, inf)", "budget": "tolerance 0", "op": "adaptive_attention", "depends": (), "protection": "",
+            "density": 1.0}
     assert site.to_dict() == told
     assert site.record.line.startswith("test_backend.py:")
     for word in ("causal", "[32, inf)", "tolerance 0", "test_backend.py", "density 1.000", "adaptive_attention"):

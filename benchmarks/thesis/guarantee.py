@@ -77,7 +77,7 @@ class Attention:
 
     def tally(self, site: int, q: Tensor, k: Tensor, call: tuple[Any, ...]) -> KeptLists:
         """Count misses under every target; the lists of the target to run under."""
-        assert self.bounds is not None
+        assert self.bounds is not None and self.budget.tolerance is not None
         masks, length, budget = Masks(0), q.shape[2], self.budget
         peaks, mass = true_peaks(q, k, scale=call[0], masks=masks)
         allowed = allowed_blocks(masks, length, length, q.device)
@@ -87,7 +87,7 @@ class Attention:
                                                         budget.local, budget.singles, list(promise.shifts[site])))
             kept = rule.unpack(made[target], peaks.shape[3])
             tally = self.tallies[target]
-            tally.misses.append((allowed & ~kept & (peaks >= budget.tolerance)).any(-1).sum((0, 2)).cpu())
+            tally.misses.append((allowed & ~kept & (peaks >= self.budget.tolerance)).any(-1).sum((0, 2)).cpu())
             tally.query_blocks += peaks[..., 0].numel()
             tally.kept += int(kept.sum())
             tally.allowed += int(allowed.sum()) * q.shape[1]

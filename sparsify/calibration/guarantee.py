@@ -114,7 +114,7 @@ def sketch(q: Tensor, k: Tensor, scale: float, masks: Masks, budget: Budget) -> 
     ordered = needs.sort(dim=-1, stable=True)
     whole = ordered.values.gather(-1, most.clamp(max=needs.shape[-1] - 1)).masked_fill(most >= number, torch.inf)
     paired = ordered.values.clone()
-    paired[..., 1::2] = ordered.values[..., : paired.shape[-1] - 1: 2]  # lists are even: the second comes with the first
+    paired[..., 1::2] = ordered.values[..., : paired.shape[-1] - 1: 2]  # lists are even: in pairs
     needs = torch.minimum(torch.empty_like(needs).scatter_(-1, ordered.indices, paired), whole)
     of_rows = needs.masked_fill(~allowed | (peaks < budget.tolerance), -torch.inf).amax(-1)
 
