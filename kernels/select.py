@@ -39,6 +39,7 @@ from sparsify.kernels.blocks import (
     block_kinds,
     capacity,
     count_blocks,
+    visible_keys,
 )
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E, cap_scores, finish_scores, first_peak, read_documents, score_arguments
@@ -397,6 +398,9 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
         from sparsify.kernels import hopper_select  # Gluon: not for Triton's interpreter
 
         peaks = hopper_select.estimated_peaks(q, k, scale=scale, masks=masks, singles=singles)
+        if masks.key_mask is not None:
+            single_count = rest_count = visible_keys(masks.key_mask, S, q.device).int()
+            count_stride = single_count.stride(0) if len(single_count) > 1 else 0
     else:
         q, k = _fit(q), _fit(k)
         summaries = summarise_keys(k, singles, masks.key_mask)

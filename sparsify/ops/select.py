@@ -26,7 +26,7 @@ def select_blocks(q: Tensor, k: Tensor, scale: float, causal_offset: int | None,
     a protected key is kept by all query blocks that may see it.
     Returns kept int32 [B, H, query blocks, capacity] and counts int32 [B, H, query blocks], see `KeptLists`.
     Raises ShapeError, DeviceError, OptionError. Source: kernels/oracle.py defines the peaks, kernels/rule.py the rule;
-    on Hopper calls of 16 bits under causality alone estimate in eight bits (kernels/hopper_select.py).
+    on Hopper calls of 16 bits under causality and a key mask estimate in eight bits (kernels/hopper_select.py).
     """
     masks = check_inputs(q, k, None, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
                                            softcap, sink_logits))
