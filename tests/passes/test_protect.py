@@ -107,7 +107,7 @@ def test_a_site_inside_a_checkpoint_says_why_not():
 
 
 def test_where_a_length_must_not_be_guarded_only_known_sizes_fit():
-    """A strict range promises that no guard compares the length; the model itself ties mask and keys, or nobody does."""
+    """A strict range promises that no guard compares the length; the model ties mask and keys, or nobody does."""
     def model(q, k, v, mask):
         return attention(protect_keys(q, mask), k, v)
 
