@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
+from benchmarks.thesis import guarantee as measured_by
 from sparsify.bounds import Bounds, Promise
 from sparsify.calibration import guarantee
 from sparsify.calibration.guarantee import BLOCKS, MASS, NEEDS, STEP, STEPS, Collector, Document, fit, sketch
@@ -16,6 +18,7 @@ from sparsify.kernels.true_peaks import true_peaks
 from sparsify.ops.select import estimate_peaks
 from sparsify.plan import Bucket, Budget, Plan
 from tests.ops.cases import EXTRAS, MASKS, Case
+from tests.small_model import small_model
 
 
 @pytest.mark.parametrize("shape", [*MASKS, EXTRAS[0], EXTRAS[4], EXTRAS[10]], ids=str)
@@ -229,6 +232,24 @@ def test_bounds_that_cannot_be_read_say_where(bounds):
     data["buckets"][1]["bounds"] = bounds
     with pytest.raises(PlanError, match=r"plan.buckets\[1\].bounds cannot be read"):
         Plan.from_dict(data)
+
+
+def test_the_benchmark_measures_what_a_sketch_counts():
+    """On the documents that were fitted on; the one sparse site is the last: its inputs are those of the dense run."""
+    attention = measured_by.Attention(Budget(0.05))
+    AttentionInterface.register("sparsify_guarantee_test", attention)
+    model = small_model()
+    model.set_attn_implementation("sparsify_guarantee_test")
+    windows = list(torch.randint(2, 4096, (6, 700), generator=torch.Generator().manual_seed(0)))
+    bucket = measured_by.one_bucket(model, attention, {"text": windows + windows}, {}, 700)
+    for row in bucket["targets"]:
+        promise = attention.bounds.promise(row["target"])
+        assert row["seen"]["density"] == pytest.approx(promise.density)
+        assert row["seen"]["misses"] <= 1 - row["target"]
+        assert row["seen"]["query_blocks"] == 6 * 2 * 6  # documents, heads, query blocks
+    figures = measured_by.figures_of([bucket], "small", "here", "command")
+    assert [figure.met for figure in figures] == [True, True, True, False]  # far fewer than 50,000
+    assert measured_by.chart([bucket], "small").startswith("<svg")
 
 
 def test_masks_of_fewer_keys_hide_what_they_hid(rng, device):
