@@ -8,10 +8,10 @@ model; the others, and those of the unseen kinds, are measured on: the model run
 target, and each query block is asked under every target whether the lists that selection makes drop a key block with a
 true peak. The first site stays dense, as in the default plan. A document is a part of a file, from a random place on.
 
-Published: "manual" is the API documentation of Node.js 18 (one page a document), "help" Vim 9.0's, "book" pages of the
-books that come with Rust 1.95 (without tags), "man" the longest man pages of sections 1, 3, 5, 7 and 8, one of a family,
-as `MANWIDTH=80 man -P cat` prints them; unseen are "code", modules of Python 3.12's standard library, and for tiny-lm
-"heldout", the five documents that it was never trained on. tiny-lm was trained on earlier versions of the others.
+Published: "manual" is the API documentation of Node.js 20 (one page a document), "help" Vim 9.0's, "book" pages of the
+books that come with Rust 1.95 (without tags), "man" the longest man pages of sections 1, 3, 5, 7 and 8, one of a
+family, as `MANWIDTH=80 man -P cat` prints them; unseen are "code", modules of Python 3.12's standard library, and for
+tiny-lm "heldout", the five documents it was never trained on. Its training text has versions of the other kinds.
 """
 
 import argparse

@@ -119,12 +119,13 @@ def sketch(q: Tensor, k: Tensor, scale: float, masks: Masks, budget: Budget) -> 
     of_rows = needs.masked_fill(~allowed | (peaks < budget.tolerance), -torch.inf).amax(-1)
 
     counted = number[..., 0] > 0  # rows that see nothing, as padding does, are no query blocks
-    result = torch.zeros(3, q.shape[1], STEPS + 2, device=q.device)
+    # float64: on a GPU the order of a sum is not the same in every run, its float32 should be
+    result = torch.zeros(3, q.shape[1], STEPS + 2, dtype=torch.float64, device=q.device)
     for what, x, weight in ((NEEDS, of_rows, counted), (BLOCKS, needs, allowed), (MASS, needs, mass * allowed)):
         steps = (x / STEP).ceil().nan_to_num(0.0).clamp(0, STEPS + 1).long()
-        steps, weight = (y.transpose(0, 1).flatten(1) for y in (steps, weight.expand_as(steps).float()))
+        steps, weight = (y.transpose(0, 1).flatten(1) for y in (steps, weight.expand_as(steps).double()))
         result[what].scatter_add_(1, steps, weight)
-    return result
+    return result.float()
 
 
 def fit(documents: Sequence[Document], targets: Sequence[float] = TARGETS) -> Bounds:
@@ -193,8 +194,10 @@ def _promise(data: _Counts, kinds: Sequence[str], target: float, heads: Mapping[
     of_sites = {}
     for site, count in heads.items():
         of_sites[site], shifts = tuple(round(shift, 6) for shift in shifts[:count]), shifts[count:]
-    return Promise(misses, _elsewhere(data, kinds, level * most), 1 - upper_bound(1 - coverages),
-                   float(data.densities(final, everything).mean()), of_sites)
+    elsewhere = _elsewhere(data, kinds, level * most)
+    return Promise(round(misses, 6), None if elsewhere is None else round(elsewhere, 6),
+                   round(1 - upper_bound(1 - coverages), 6), round(float(data.densities(final, everything).mean()), 6),
+                   of_sites)
 
 
 def _elsewhere(data: _Counts, kinds: Sequence[str], level: float) -> float | None:
