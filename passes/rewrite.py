@@ -13,13 +13,14 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from sparsify import ops
 from sparsify.passes.arrange import rearrange
-from sparsify.passes.axes import Dims, flat, op_name
+from sparsify.passes.axes import Dims, extent, flat, op_name
 from sparsify.passes.emit import documents, key_mask, size_node
 from sparsify.passes.graph import (
     arguments,
@@ -89,7 +90,7 @@ class _Rewriter:
         else:
             op = self.replace(index, chosen)
         return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why, site.output.node.name,
-                          str(chosen.mask), str(chosen.bucket), str(chosen.budget), op, depends,
+                          str(chosen.mask), str(chosen.bucket), str(chosen.budget), op, depends, *_sizes(site),
                           protection=chosen.protection)
 
     def replace(self, index: int, chosen: ChosenSite) -> str:
@@ -126,7 +127,9 @@ class _Rewriter:
                 if budget.is_dense:
                     new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
                 else:
-                    own: dict[str, Any] = {} if budget.shifts is None else {"shifts": list(budget.shifts)}
+                    own: dict[str, Any] = {} if budget.peaks is None else {"peaks": budget.peaks}
+                    if budget.shifts is not None:
+                        own["shifts"] = list(budget.shifts)
                     if chosen.protected is not None:
                         own["protected"] = self.replaced.get(chosen.protected, chosen.protected)
                     new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
@@ -310,6 +313,14 @@ def _sdpa_causality(query: fx.Node, key: fx.Node, site: AttentionSite, mask: Mas
     if mask.carried:
         return None  # is_causal beside a mask is an error
     return True if mask.causal_offset == 0 and same(shape(query)[2], shape(key)[2]) else None
+
+
+def _sizes(site: AttentionSite) -> tuple[int, int, int, int]:
+    """Heads, KV heads, head dim and value dim; 0 for a symbol."""
+    def known(size: Any) -> int:
+        return int(size) if isinstance(size, int | sympy.Integer) else 0
+
+    return known(site.heads), known(site.kv_heads), known(extent(site.layout.dim)), known(extent(site.layout.value_dim))
 
 
 def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -239,6 +239,7 @@ class SiteRecord:
     index    its number in its graph, and the `site` argument of its op
     op       what computes it now; empty if refused
     depends  the inputs that its masks and biases are made of
+    heads    query heads, and so on; 0 where the graph does not say a number, or the site is refused
     protection  whether protected keys are kept, and why not; empty: nobody asked, or nothing is dropped
     """
 
@@ -254,6 +255,10 @@ class SiteRecord:
     budget: str = ""
     op: str = ""
     depends: tuple[str, ...] = ()
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    value_dim: int = 0
     protection: str = ""
 
     @property

@@ -2,6 +2,7 @@
 
     model = sparsify.compile(model)            # in place: attention follows the default plan
     print(sparsify.explain(model, input_ids))  # what became of each attention site
+    plan = sparsify.calibrate(model, samples)  # a plan fitted to a model and its texts
     report = sparsify.benchmark(model, text)   # before and after, per length
 """
 
@@ -14,6 +15,7 @@ from sparsify.errors import (
     ModelError,
     OptionError,
     PlanError,
+    SampleError,
     ShapeError,
     SparsifyError,
     TextError,
@@ -22,6 +24,7 @@ from sparsify.plan import Bucket, Budget, Plan
 
 if TYPE_CHECKING:
     from sparsify.backend import compile
+    from sparsify.calibration import Sample, calibrate
     from sparsify.explanation import explain
     from sparsify.measurement import benchmark
 
@@ -36,16 +39,20 @@ __all__ = [
     "OptionError",
     "Plan",
     "PlanError",
+    "Sample",
+    "SampleError",
     "ShapeError",
     "SparsifyError",
     "TextError",
     "benchmark",
+    "calibrate",
     "compile",
     "explain",
 ]
 
 # Imported at first use: Dynamo takes seconds, and brings Triton where that is installed.
-_LAZY = {"benchmark": "sparsify.measurement", "compile": "sparsify.backend", "explain": "sparsify.explanation"}
+_LAZY = {"Sample": "sparsify.calibration", "benchmark": "sparsify.measurement", "calibrate": "sparsify.calibration",
+         "compile": "sparsify.backend", "explain": "sparsify.explanation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.exc import RestartAnalysis, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from sparsify import passes
-from sparsify.errors import DeviceError, ModelError, OptionError, PlanError, ShapeError
+from sparsify.errors import DeviceError, ModelError, OptionError, PlanError, ShapeError, SparsifyError
 from sparsify.passes.site import NEEDS_GRADIENTS, SiteRecord
-from sparsify.plan import Plan, resolve_plan
+from sparsify.plan import Plan, SiteShape, resolve_plan
 from sparsify.tracing import log, log_records, trace_graph, trace_records
 
 DEVICES = ("cpu", "cuda")
@@ -63,8 +63,8 @@ def compile(model: Any, plan: PlanLike = None, *, guarantee: float | None = None
     of protected tokens see is chosen as for all others.
 
     Raises PlanError, OptionError, ModelError, DeviceError, each before the model is touched. The compiled model raises
-    ShapeError for an empty sequence or a mask of protected keys that is none, and MaskError where `verify_masks` finds
-    a wrong proof.
+    ShapeError for an empty sequence or a mask of protected keys that is none, MaskError where `verify_masks` finds a
+    wrong proof, and PlanError where the plan was calibrated on another graph.
     """
     options, verify_masks = _take_verify_masks(options)
     if protect is not None and not callable(protect):
@@ -122,9 +122,10 @@ class Backend:
 
 def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan | None,
                   verify_masks: bool = False, protects: bool = False) -> tuple[fx.GraphModule, list[SiteRecord]]:
-    """Run the pass; if it fails, warn once and hand back the graph as it was."""
+    """Run the pass; if it fails, warn once and hand back the graph as it was. Raises PlanError for another's plan."""
     try:
-        return passes.run(gm, example_inputs, plan or default_plan(example_inputs), verify_masks, protects)
+        rewritten, records = passes.run(gm, example_inputs, plan or default_plan(example_inputs), verify_masks,
+                                        protects)
     except RestartAnalysis:
         raise  # Dynamo's way to trace again, knowing more
     except Exception as error:
@@ -132,6 +133,15 @@ def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan 
                    "The model runs as torch.compile alone would run it. Please report this.")
         log.debug("the pass failed", exc_info=True)
         return gm, []
+    if plan is not None:
+        plan.refuse_other_graph(site_shapes([records]))
+    return rewritten, records
+
+
+def site_shapes(graphs: Sequence[Sequence[SiteRecord]]) -> tuple[SiteShape, ...]:
+    """What plans remember of the sites of a model's graphs."""
+    return tuple(SiteShape(graph, x.index, x.module, x.heads, x.kv_heads, x.head_dim, x.value_dim,
+                           x.mask.startswith("causal")) for graph, records in enumerate(graphs) for x in records)
 
 
 def default_plan(values: Sequence[Any]) -> Plan:
@@ -179,10 +189,15 @@ def compiled_call(function: Callable[..., Any], compiler: Compiler, plan: Plan |
                 with tracing_config(room, size_oblivious=True, data_dependent=True):
                     return whole(*args, **kwargs)
             except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
+                _raise_mistake(error)
                 resists = True
                 log.debug("traced with sizes of 1 apart: %s", error)
         with tracing_config(room, size_oblivious=False):
-            return call(*args, **kwargs)
+            try:
+                return call(*args, **kwargs)
+            except BackendCompilerFailed as error:
+                _raise_mistake(error)
+                raise
 
     # Under an outer torch.compile, Dynamo never enters: it inlines the function behind `_torchdynamo_inline`.
     traced.__dict__["sparsify"] = compiler  # what `explain` looks for
@@ -242,6 +257,13 @@ def _check_protected(mask: Any) -> None:
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ShapeError(f"protect is {mask.dtype} {list(mask.shape)}. Give a bool tensor [batch or 1, keys], True "
                          "where a key is protected.")
+
+
+def _raise_mistake(error: Exception) -> None:
+    """A caller's mistake that the backend found, without what Dynamo wraps around it."""
+    inner = getattr(error, "inner_exception", None)
+    if isinstance(inner, SparsifyError):
+        raise inner from None
 
 
 def graph_room(plan: Plan | None) -> dict[str, int]:

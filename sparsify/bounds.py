@@ -51,6 +51,21 @@ class Bounds:
         """The promise under this target, or None if it was never calibrated."""
         return next((promise for known, promise in self.promises.items() if math.isclose(known, target)), None)
 
+    def joined(self, other: "Bounds") -> "Bounds":
+        """What holds wherever one of the two does, of targets and sites that both have: the lower shifts."""
+        promises = {}
+        for target, mine in self.promises.items():
+            theirs = other.promise(target)
+            if theirs is None:
+                continue
+            shifts = {site: tuple(map(min, mine.shifts[site], theirs.shifts[site]))
+                      for site in mine.shifts if len(mine.shifts[site]) == len(theirs.shifts.get(site, ()))}
+            known = [x for x in (mine.elsewhere, theirs.elsewhere) if x is not None]
+            promises[target] = Promise(max(mine.misses, theirs.misses), max(known, default=None),
+                                       min(mine.coverage, theirs.coverage), max(mine.density, theirs.density), shifts)
+        return Bounds(min(self.documents, other.documents), self.query_blocks + other.query_blocks,
+                      tuple(sorted({*self.kinds, *other.kinds})), promises)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `Bucket.bounds` holds it."""
         return {"documents": self.documents, "query_blocks": self.query_blocks, "kinds": list(self.kinds),

@@ -1,4 +1,4 @@
-"""The command line: `sparsify bench`, `sparsify explain`, `sparsify tune`, `sparsify plan show`.
+"""The command line: `sparsify bench`, `explain`, `calibrate`, `tune`, `plan show | diff | check`.
 
 Results go to stdout, everything else to stderr. A caller's mistake is one line and exit code 2.
 """
@@ -35,6 +35,11 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class Metric(StrEnum):
+    KL = "kl"
+    LOSS = "loss"
 
 
 class _Group(TyperGroup):
@@ -189,6 +194,102 @@ def tune(
     console.print(f"stored in {stored}", markup=False)
 
 
+@app.command()
+def calibrate(
+    arguments: Annotated[list[str] | None, typer.Argument(
+        metavar="[MODEL] [FILE]...", show_default="the shipped tiny-lm",
+        help="Model, as for --model elsewhere; and more files of text.")] = None,
+    text: Annotated[list[str] | None, typer.Option(
+        "--text", metavar="[KIND=]FILE...", show_default="the shipped held-out text",
+        help="UTF-8 texts of what the model will run on, separated by <|endoftext|> within a file.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Plan file. A run that was killed goes on from the journal "
+                                                           "beside it.")] = Path("plan.json"),
+    max_error: Annotated[float, typer.Option(help="Upper bound that the mean error must not exceed.")] = 0.005,
+    metric: Annotated[Metric, typer.Option(help="KL(dense || sparse) or rise of the loss, nats a token.")] = Metric.KL,
+    lengths: Annotated[str | None, typer.Option(
+        metavar="N,N,...", show_default="512 to 8192 on cpu, 512 to 32768 on cuda",
+        help="Key lengths, upper ends of the buckets.")] = None,
+    holdout: Annotated[float, typer.Option(help="Share of the texts that judge and choose nothing.")] = 0.3,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a plan to a model and to texts: per length, the most time saved whose error stays below a bound."""
+    numbers = None if lengths is None else _parse_lengths(lengths)
+    model, more = (arguments[0] if arguments else None), (arguments or [])[1:]
+    files = [*(text or []), *more]
+    if more and not text:
+        raise OptionError(f"texts are {', '.join(map(repr, more))}. Give them behind --text.")
+    loaded, _, _ = _prepare(model, None, device, dtype, None)
+    import torch
+
+    from sparsify.calibration import calibrate as calibrate_model
+    from sparsify.calibration.search import default_lengths
+    from sparsify.calibration.texts import read_samples
+    from sparsify.models.loading import HELDOUT_TEXT
+
+    with _progress() as tell:
+        tell("reading the texts")
+        place = torch.device(_find_device(device))
+        samples = read_samples(files or [str(HELDOUT_TEXT)], loaded.tokenizer,
+                               numbers or default_lengths(loaded.model, place))
+        plan = calibrate_model(loaded.model, samples, max_error=max_error, metric=metric.value, lengths=numbers,
+                               holdout=holdout, progress=tell, out=out)
+    typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
+    console.print(f"wrote {out}", markup=False)
+
+
+@plan_app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="FILE")],
+    after: Annotated[Path, typer.Argument(metavar="FILE")],
+) -> None:
+    """Say how two plan files differ. Exit code 1 if they do."""
+    from sparsify.difference import differences
+
+    lines = differences(Plan.load(before), Plan.load(after))
+    typer.echo("\n".join(lines) if lines else "no difference")
+    raise typer.Exit(1 if lines else 0)
+
+
+@plan_app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    model: ModelOption = None,
+    out: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Measure the crossover again on this machine, and write the plan for it.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Check a plan against a model and this machine: another graph is an error, other hardware is named."""
+    plan = Plan.load(file)
+    if model is not None:
+        _check_graph(plan, model, device, dtype)
+        typer.echo("the model has the graph of the plan")
+    place = _find_device(device)
+    import torch
+
+    from sparsify.calibration.buckets import remeasure
+    from sparsify.calibration.search import fingerprint
+    from sparsify.difference import differences
+
+    here = fingerprint(torch.device(place), _find_dtype(dtype, place))
+    changed = [f"{name}: the plan says {plan.fingerprint[name]}, here it is {value}" for name, value in here.items()
+               if plan.fingerprint.get(name, value) != value]
+    typer.echo("\n".join(changed) if changed else "this is where the plan was measured" if plan.fingerprint else
+               "the plan does not say where it was measured")
+    if out is None:
+        if changed:
+            typer.echo("thresholds hold here too; --out measures again where they save time")
+        return
+    with _progress() as tell:
+        tell("measuring")
+        new = remeasure(plan, torch.device(place), _find_dtype(dtype, place))
+    new.save(out)
+    typer.echo("\n".join(differences(plan, new)) or "no budget changed")
+    console.print(f"wrote {out}", markup=False)
+
+
 @plan_app.command()
 def show(
     file: Annotated[Path | None, typer.Argument(show_default="the default plan")] = None,
@@ -198,6 +299,18 @@ def show(
     """Check a plan file and print it."""
     plan = Plan.default(device.value) if file is None else Plan.load(file)
     typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
+
+
+def _check_graph(plan: Plan, model: str, device: Device | None, dtype: Dtype | None) -> None:
+    """Raises PlanError if the plan was made for another graph than this model's."""
+    loaded, _, _ = _prepare(model, None, device, dtype, None)
+    import torch
+
+    from sparsify.backend import compile
+
+    compile(loaded.model, plan, backend="eager")
+    with torch.no_grad():
+        loaded.model(torch.zeros(1, 64, dtype=torch.long, device=next(loaded.model.parameters()).device))
 
 
 def _load_config(model: str | None) -> Any:
@@ -210,7 +323,7 @@ def _load_config(model: str | None) -> Any:
 
 
 def _prepare(model: str | None, text: Path | None, device: Device | None, dtype: Dtype | None,
-             plan: Path | None, guarantee: float | None) -> "tuple[Loaded, Plan, str]":
+             plan: Path | None, guarantee: float | None = None) -> "tuple[Loaded, Plan, str]":
     """What bench and explain run on. What is cheap to refuse is refused before torch is imported."""
     loaded_plan = None if plan is None else Plan.load(plan)
     if guarantee is not None:

@@ -34,3 +34,7 @@ class OptionError(SparsifyError):
 
 class MaskError(SparsifyError):
     """A mask that contradicts its proof at run time; only `verify_masks` looks."""
+
+
+class SampleError(SparsifyError):
+    """Samples that no plan can be calibrated on: too few, too short, or not what the model takes."""

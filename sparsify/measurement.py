@@ -57,15 +57,15 @@ def benchmark(model: nn.Module, text: str | Tensor, lengths: Sequence[int] | Non
     Raises TextError, OptionError, ModelError, PlanError, DeviceError.
     """
     model = getattr(model, "_orig_mod", model)
-    device, dtype = _device_and_dtype(model)
-    _check_compiler(device)
+    device, dtype = device_and_dtype(model)
+    check_compiler(device)
     plan = resolve_plan(plan, device.type)
     lengths = _check_lengths(lengths, device, model)
     if repeats < 1:
         raise OptionError(f"repeats is {repeats}. Give at least 1.")
     tell = progress or (lambda line: None)
     tell("reading the text")
-    ids = (encode(text, tokenizer or _tokenizer_of(model)) if isinstance(text, str) else text).to(device)
+    ids = (encode(text, tokenizer or tokenizer_of(model)) if isinstance(text, str) else text).to(device)
     if ids.dim() != 1 or ids.numel() < lengths[-1]:
         raise TextError(f"text has {ids.numel()} tokens and the longest length is {lengths[-1]}. "
                         "Give a longer text, or shorter lengths.")
@@ -154,7 +154,7 @@ def checkout_commit() -> str | None:
 
 
 @dataclass
-class _Quality:
+class Quality:
     """Sums over positions, made from the logits of both sides, window by window."""
 
     positions: int = 0
@@ -181,7 +181,7 @@ class _Quality:
 def _measure(dense: Side, sparse: Side, windows: list[Tensor], bucket: Bucket, repeats: int,
              tell: Callable[[str], None]) -> Row:
     tell("compiling and comparing the logits")
-    quality = _Quality()
+    quality = Quality()
     for window in windows:  # the first run of a graph compiles it
         quality.add(dense(window)[0], sparse(window)[0], window[0])
     ids = windows[0]
@@ -264,14 +264,16 @@ def _check_lengths(lengths: Sequence[int] | None, device: torch.device, model: n
     return sorted(set(lengths))
 
 
-def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Of the first floating-point parameter. Raises ModelError."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             return parameter.device, parameter.dtype
     raise ModelError("model has no floating-point parameter, so its device is not known. Give a language model.")
 
 
-def _check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device) -> None:
+    """Raises DeviceError where torch.compile finds no C++ compiler for a CPU."""
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -283,7 +285,8 @@ def _check_compiler(device: torch.device) -> None:
         raise DeviceError("device is cpu and torch.compile finds no C++ compiler. Install g++, or set CXX.") from error
 
 
-def _tokenizer_of(model: nn.Module) -> Any:
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer that belongs to a Hugging Face model. Raises ModelError."""
     from sparsify.models.loading import load_tokenizer
 
     place = getattr(getattr(model, "config", None), "_name_or_path", "")

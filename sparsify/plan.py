@@ -6,8 +6,8 @@ A leaf: imports nothing of sparsify but the other leaves, so anyone may import i
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from sparsify import timings
 from sparsify.bounds import Bounds
 from sparsify.errors import PlanError
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
+"""Schemas that `Plan.from_dict` reads: 1 has no calibration, no graph, no gates and no bounds."""
 
 # Key length below which attention is exact: on a CPU dense is as fast and little can be dropped; on a GPU dense is as
 # fast up to 8K even with many heads. `sparsify tune` may find that it is less; above, the op itself decides call by
@@ -34,6 +36,8 @@ class Budget:
     sinks        first key blocks that are always kept
     local        key blocks before the diagonal that are always kept
     singles      surprising keys that a split summary keeps single (m)
+    peaks        density x keys x tolerance, as calibration measured it: hardly changes with the length, and tells the
+                 ops which density to reckon with when they decide whether selection pays. None: they guess high
     shifts       a factor on the tolerance for each query head, 0 (keep everything) to 1; None: 1 for all.
                  `Plan.guaranteed` sets them
     """
@@ -43,6 +47,7 @@ class Budget:
     sinks: int = 1
     local: int = 1
     singles: int = 6
+    peaks: float | None = None
     shifts: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +56,8 @@ class Budget:
                             "give a number from 0 to 1, or null for dense.")
         if not (_is_number(self.max_density) and 0 < self.max_density <= 1):
             raise PlanError(f"budget.max_density is {self.max_density!r}. Give a share above 0 and up to 1.")
+        if self.peaks is not None and not (_is_number(self.peaks) and self.peaks > 0):
+            raise PlanError(f"budget.peaks is {self.peaks!r}. Give a number above 0, or leave it out.")
         for name, least, most in (("sinks", 0, 64), ("local", 0, 64), ("singles", 1, 16)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -70,25 +77,113 @@ class Budget:
     def is_dense(self) -> bool:
         return self.tolerance is None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as a plan file holds it."""
+        if self.is_dense:
+            return {"tolerance": None}
+        optional = {"peaks": self.peaks, "shifts": None if self.shifts is None else list(self.shifts)}
+        return {**{name: value for name, value in asdict(self).items() if name not in optional},
+                **{name: value for name, value in optional.items() if value is not None}}
+
     def __str__(self) -> str:
         if self.is_dense:
             return "dense"
+        others = "".join(f", {x.name} {getattr(self, x.name)}" for x in fields(self)[1:]
+                         if x.name not in ("peaks", "shifts") and getattr(self, x.name) != x.default)
         times = "" if self.shifts is None else f" times {min(self.shifts):.3g} to {max(self.shifts):.3g} by head"
-        return f"tolerance {self.tolerance:g}{times}"
+        return f"tolerance {self.tolerance:g}{times}{others}"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What calibration found at one key length, on documents that chose nothing.
+
+    length       key length of the windows
+    budget       what was tested: the most time saved of all budgets that passed, or the last that did not
+    sites        budgets of single sites under which it was tested, by index
+    passed       whether every condition of the gate held
+    documents    held-out documents; where they are few, `upper` is far above `mean`
+    mean, upper  the metric: mean over documents, and its one-sided upper confidence bound
+    rise, rise_upper  increase of the next-token loss in per cent, likewise; None where there is no such loss
+    kinds        mean by kind of document
+    density      kept share of the allowed key blocks, mean over sites, on the held-out documents
+    densities    the same by site
+    gain         share of the attention's time that is saved here, by the times of this machine; 0 or less: none
+    timed        whether those times were measured; else they are constants
+    why          in words
+    """
+
+    length: int
+    budget: Budget
+    passed: bool
+    documents: int
+    mean: float
+    upper: float
+    density: float
+    gain: float
+    timed: bool
+    why: str
+    sites: Mapping[int, Budget] = field(default_factory=dict)
+    rise: float | None = None
+    rise_upper: float | None = None
+    kinds: Mapping[str, float] = field(default_factory=dict)
+    densities: Mapping[int, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        loss = "" if self.rise is None else f", loss {self.rise:+.3f} % (at most {self.rise_upper:+.3f} %)"
+        verdict = "passed" if self.passed else "did not pass"
+        return (f"at {self.length}: {self.budget} {verdict}, {self.mean:.2g} (at most {self.upper:.2g}, "
+                f"{self.documents} documents){loss}, density {self.density:.3f}, "
+                f"{'' if self.timed else 'estimated '}gain {self.gain:.0%}"
+                + (f"; {self.why}" if self.why else ""))
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """One attention site of the graph that a plan was made for. A size of 0 is not known: the site was left as it was.
+
+    graph   number of the graph among those of the model: it may need several
+    index   number of the site in its graph
+    module  path of the module that it is in
+    causal  whether its queries see no later keys, in the call that was traced: for timing it, no part of what it is
+    """
+
+    graph: int
+    index: int
+    module: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    causal: bool = False
+
+    def is_like(self, other: "SiteShape") -> bool:
+        """Whether both may be the same attention of a model: the module of one may be wrapped in others."""
+        longer, shorter = sorted((self.module, other.module), key=len, reverse=True)
+        same_module = longer == shorter or not shorter or longer.endswith(f".{shorter}")
+        sizes = zip((self.heads, self.kv_heads, self.head_dim, self.value_dim),
+                    (other.heads, other.kv_heads, other.head_dim, other.value_dim), strict=True)
+        return same_module and self.index == other.index and all(x == y or 0 in (x, y) for x, y in sizes)
+
+    def __str__(self) -> str:
+        dims = f"{self.head_dim}" if self.head_dim == self.value_dim else f"{self.head_dim} and {self.value_dim}"
+        return f"{self.module or '(no module)'}, {self.heads} / {self.kv_heads} heads of {dims}"
 
 
 @dataclass(frozen=True)
 class Bucket:
     """Half-open range of key lengths `[lo, hi)` (hi None: no end) and the budget that holds in it.
 
-    `sites` overrides the budget of single attention sites, by their index in the graph. `bounds` is what calibration
-    promises here, `Bounds.to_dict()`; empty: nothing.
+    sites   override the budget of single attention sites, by their index in the graph
+    gates   what calibration found at the key lengths of this bucket; empty where none was calibrated
+    bounds  what calibration promises of missed peaks, `Bounds.to_dict()`; empty: nothing
     """
 
     lo: int
     hi: int | None
     budget: Budget
     sites: Mapping[int, Budget] = field(default_factory=dict)
+    gates: tuple[Gate, ...] = ()
     bounds: Mapping[str, Any] = field(default_factory=dict)
 
     def budget_of(self, site: int) -> Budget:
@@ -106,12 +201,16 @@ class Bucket:
 class Plan:
     """Buckets that cover every key length from 1 on, without gap or overlap.
 
-    `fingerprint` says where the plan was measured (device, dtype, model ...); empty for the default plan.
+    fingerprint  where the plan was measured: graph (its hash), device, torch, triton, dtype ...; empty for the default
+    calibration  how: metric, max_error, confidence, documents by kind ...; plain JSON data, empty for the default
+    graph        the attention sites that it was made for; empty: it holds for any graph
     """
 
     buckets: tuple[Bucket, ...]
     name: str = "plan"
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    graph: tuple[SiteShape, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.buckets:
@@ -195,8 +294,10 @@ class Plan:
         """The same plan with equal neighbouring buckets joined, so that fewer graphs are compiled."""
         buckets: list[Bucket] = []
         for bucket in self.buckets:
-            if buckets and buckets[-1].budget == bucket.budget and dict(buckets[-1].sites) == dict(bucket.sites):
-                buckets[-1] = replace(buckets[-1], hi=bucket.hi)
+            before = buckets[-1] if buckets else None
+            if before is not None and (before.budget, dict(before.sites), dict(before.bounds)) == (
+                    bucket.budget, dict(bucket.sites), dict(bucket.bounds)):
+                buckets[-1] = replace(before, hi=bucket.hi, gates=(*before.gates, *bucket.gates))
             else:
                 buckets.append(bucket)
         return replace(self, buckets=tuple(buckets))
@@ -216,10 +317,11 @@ class Plan:
             "schema": SCHEMA,
             "name": self.name,
             "fingerprint": dict(self.fingerprint),
+            "calibration": dict(self.calibration),
+            "graph": [asdict(site) for site in self.graph],
             "buckets": [
-                {"lo": b.lo, "hi": b.hi, "budget": _budget_to_dict(b.budget),
-                 "sites": {str(i): _budget_to_dict(budget) for i, budget in sorted(b.sites.items())},
-                 **({"bounds": dict(b.bounds)} if b.bounds else {})}
+                {"lo": b.lo, "hi": b.hi, "budget": b.budget.to_dict(), "sites": _sites_to_dict(b.sites),
+                 "gates": [_gate_to_dict(gate) for gate in b.gates], "bounds": dict(b.bounds)}
                 for b in self.buckets
             ],
         }
@@ -230,17 +332,19 @@ class Plan:
         if not isinstance(data, Mapping):
             raise PlanError(f"the plan is a {type(data).__name__}. It must be a JSON object with the key 'buckets'.")
         schema = data.get("schema")
-        if not isinstance(schema, int) or schema < 1:
+        if not isinstance(schema, int) or schema < min(READABLE):
             raise PlanError(f"plan.schema is {schema!r}. This is not a sparsify plan; it must be {SCHEMA}.")
         if schema > SCHEMA:
             raise PlanError(f"plan.schema is {schema}, newer than the {SCHEMA} this version reads. "
                             "Update sparsify, or write the plan anew.")
-        _refuse_unknown("plan", data, {"schema", "name", "fingerprint", "buckets"})
+        _refuse_unknown("plan", data, {"schema", "name", "fingerprint", "calibration", "graph", "buckets"})
         buckets = data.get("buckets")
         if not isinstance(buckets, list):
             raise PlanError(f"plan.buckets is {buckets!r}. It must be a list of buckets.")
+        fingerprint, calibration = (_object(f"plan.{name}", data.get(name)) for name in ("fingerprint", "calibration"))
         return cls(tuple(_bucket_from_dict(i, b) for i, b in enumerate(buckets)), str(data.get("name", "plan")),
-                   {str(k): str(v) for k, v in dict(data.get("fingerprint") or {}).items()})
+                   {str(k): str(v) for k, v in fingerprint.items()}, calibration,
+                   tuple(_site_from_dict(i, site) for i, site in enumerate(_array("plan.graph", data.get("graph")))))
 
     @classmethod
     def load(cls, path: "str | Path") -> "Plan":
@@ -258,18 +362,45 @@ class Plan:
             raise PlanError(f"plan {str(path)!r}: {error}") from error
 
     def save(self, path: "str | Path") -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the plan as JSON, whole or not at all."""
+        part = Path(path).with_name(Path(path).name + ".part")
+        part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
 
     def __str__(self) -> str:
         lines = [f"plan {self.name} ({self.hash})"]
         for bucket in self.buckets:
             others = "".join(f", site {i}: {budget}" for i, budget in sorted(bucket.sites.items()))
             lines.append(f"  {bucket}: {bucket.budget}{others}")
+            lines += [f"    {gate}" for gate in bucket.gates]
             if bucket.bounds:
                 lines.append(f"    guarantee {Bounds.from_dict(bucket.bounds)}")
+        for title, facts in (("calibrated", self.calibration), ("measured on", self.fingerprint)):
+            if facts:
+                lines.append(f"  {title}: " + ", ".join(f"{name} {_say(value)}" for name, value in facts.items()))
+        if self.graph:
+            lines.append(f"  for {len(self.graph)} attention sites; the first: {self.graph[0]}")
         return "\n".join(lines)
 
+    def refuse_other_graph(self, sites: Sequence[SiteShape]) -> None:
+        """Raise PlanError, naming the first difference, if these sites are of another graph than the plan's.
+
+        sites: all of one graph; a graph without any is nobody's.
+        """
+        if not self.graph or not sites:
+            return
+        graphs: dict[int, list[SiteShape]] = {}
+        for site in self.graph:
+            graphs.setdefault(site.graph, []).append(site)
+        differences = [_difference(known, sites) for known in graphs.values()]
+        if all(differences):
+            raise PlanError(f"plan {self.name} was made for another graph: {differences[0]}. Calibrate this model "
+                            "with sparsify.calibrate, or give the plan that belongs to it.")
+
+
+def graph_hash(sites: Sequence[SiteShape]) -> str:
+    """Twelve hex digits for the attention sites of a model."""
+    return hashlib.sha256(json.dumps([asdict(site) for site in sites]).encode()).hexdigest()[:12]
 
 
 def resolve_plan(plan: "Plan | Mapping[str, Any] | str | Path | None", device_type: str) -> Plan:
@@ -289,43 +420,113 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _budget_to_dict(budget: Budget) -> dict[str, Any]:
-    if budget.is_dense:
-        return {"tolerance": None}
-    return {"tolerance": budget.tolerance, "max_density": budget.max_density, "sinks": budget.sinks,
-            "local": budget.local, "singles": budget.singles,
-            **({} if budget.shifts is None else {"shifts": list(budget.shifts)})}
-
-
 def _budget_from_dict(where: str, data: Any) -> Budget:
     if not isinstance(data, Mapping) or "tolerance" not in data:
         raise PlanError(f"{where} is {data!r}. It must be an object with the key 'tolerance'.")
-    _refuse_unknown(where, data, {"tolerance", "max_density", "sinks", "local", "singles", "shifts"})
+    _refuse_unknown(where, data, {x.name for x in fields(Budget)})
     try:
         return Budget(**data)
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from error
 
 
+def _sites_to_dict(sites: Mapping[int, Budget]) -> dict[str, Any]:
+    return {str(i): budget.to_dict() for i, budget in sorted(sites.items())}
+
+
+def _sites_from_dict(where: str, data: Any) -> dict[int, Budget]:
+    sites: dict[int, Budget] = {}
+    for key, budget in _object(where, data).items():
+        sites[_site_index(where, key)] = _budget_from_dict(f"{where}[{key}]", budget)
+    return sites
+
+
+def _site_index(where: str, key: Any) -> int:
+    if not str(key).isdigit():
+        raise PlanError(f"{where} has the key {key!r}. Keys are indices of attention sites: 0, 1, 2 ...")
+    return int(key)
+
+
+def _gate_to_dict(gate: Gate) -> dict[str, Any]:
+    return {**{x.name: getattr(gate, x.name) for x in fields(gate)}, "budget": gate.budget.to_dict(),
+            "sites": _sites_to_dict(gate.sites), "kinds": dict(gate.kinds),
+            "densities": {str(i): density for i, density in sorted(gate.densities.items())}}
+
+
+def _gate_from_dict(where: str, data: Any) -> Gate:
+    data = _object(where, data)
+    _refuse_unknown(where, data, {x.name for x in fields(Gate)})
+    numbers = {"length": int, "documents": int, "mean": float, "upper": float, "density": float, "gain": float}
+    for name, kind in numbers.items():
+        value = data.get(name)
+        if not _is_number(value) or (kind is int and not isinstance(value, int)):
+            raise PlanError(f"{where}.{name} is {value!r}. It must be a {'whole ' if kind is int else ''}number.")
+    if not all(isinstance(data.get(name), bool) for name in ("passed", "timed")):
+        raise PlanError(f"{where}: passed and timed must be true or false.")
+    densities = {_site_index(f"{where}.densities", key): float(value)
+                 for key, value in _object(f"{where}.densities", data.get("densities")).items()}
+    return Gate(**{**data, "why": str(data.get("why", "")), "densities": densities,
+                   "budget": _budget_from_dict(f"{where}.budget", data.get("budget")),
+                   "sites": _sites_from_dict(f"{where}.sites", data.get("sites")),
+                   "kinds": _object(f"{where}.kinds", data.get("kinds"))})
+
+
+_SITE_TYPES = {"module": str, "causal": bool}
+
+
+def _site_from_dict(i: int, data: Any) -> SiteShape:
+    where, names = f"plan.graph[{i}]", {x.name for x in fields(SiteShape)}
+    data = _object(where, data)
+    _refuse_unknown(where, data, names)
+    wrong = [name for name in sorted(names) if not isinstance(data.get(name), _SITE_TYPES.get(name, int))]
+    if wrong:
+        raise PlanError(f"{where}.{wrong[0]} is {data.get(wrong[0])!r}. Write the plan anew.")
+    return SiteShape(**data)
+
+
+def _difference(known: Sequence[SiteShape], found: Sequence[SiteShape]) -> str:
+    """The first difference between the graph of a plan and another, in words; empty where there is none."""
+    for here, there in zip(found, known, strict=False):
+        if not here.is_like(there):
+            return f"its site {there.index} is {there}; here site {here.index} is {here}"
+    return "" if len(known) == len(found) else f"it has {len(known)} attention sites and this one {len(found)}"
+
+
+def _object(where: str, data: Any) -> dict[str, Any]:
+    if data is not None and not isinstance(data, Mapping):
+        raise PlanError(f"{where} is {data!r}. It must be an object.")
+    return dict(data or {})
+
+
+def _array(where: str, data: Any) -> list[Any]:
+    if data is not None and not isinstance(data, list):
+        raise PlanError(f"{where} is {data!r}. It must be a list.")
+    return list(data or [])
+
+
+def _say(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name or 'unnamed'} {_say(x)}" for name, x in value.items()) + "}"
+    return "/".join(map(_say, value)) if isinstance(value, list) else f"{value:g}" if _is_number(value) else str(value)
+
+
 def _bucket_from_dict(i: int, data: Any) -> Bucket:
     where = f"plan.buckets[{i}]"
     if not isinstance(data, Mapping):
         raise PlanError(f"{where} is {data!r}. It must be an object with the keys lo, hi and budget.")
-    _refuse_unknown(where, data, {"lo", "hi", "budget", "sites", "bounds"})
+    _refuse_unknown(where, data, {"lo", "hi", "budget", "sites", "gates", "bounds"})
     lo, hi = data.get("lo"), data.get("hi")
     for name, value in (("lo", lo), ("hi", hi)):
         if not (isinstance(value, int) and not isinstance(value, bool)) and not (name == "hi" and value is None):
             raise PlanError(f"{where}.{name} is {value!r}. It must be a whole number of keys.")
-    sites: dict[int, Budget] = {}
-    for key, budget in dict(data.get("sites") or {}).items():
-        if not str(key).isdigit():
-            raise PlanError(f"{where}.sites has the key {key!r}. Keys are indices of attention sites: 0, 1, 2 ...")
-        sites[int(key)] = _budget_from_dict(f"{where}.sites[{key}]", budget)
     assert isinstance(lo, int)  # checked above; for the type checker
-    bounds = data.get("bounds") or {}
+    gates = tuple(_gate_from_dict(f"{where}.gates[{n}]", gate)
+                  for n, gate in enumerate(_array(f"{where}.gates", data.get("gates"))))
+    bounds = _object(f"{where}.bounds", data.get("bounds"))
     if bounds:
         Bounds.from_dict(bounds, f"{where}.bounds")
-    return Bucket(lo, hi, _budget_from_dict(f"{where}.budget", data.get("budget")), sites, bounds)
+    return Bucket(lo, hi, _budget_from_dict(f"{where}.budget", data.get("budget")),
+                  _sites_from_dict(f"{where}.sites", data.get("sites")), gates, bounds)
 
 
 def _refuse_unknown(where: str, data: Mapping[str, Any], known: set[str]) -> None:

@@ -120,6 +120,22 @@ class Times:
             reached, least = density, time.device
         return reached
 
+    def relative(self, density: float) -> float | None:
+        """Time of sparse attention at this density, selection included, over that of the fastest exact kernel.
+
+        None: not measured. Linear between what was measured, and beyond it from the two nearest points.
+        """
+        if self.selection is None or not self.attention:
+            return None
+        points = sorted({**self.attention, **({1.0: self.exact["lists"]} if "lists" in self.exact else {})}.items())
+        if len(points) < 2:
+            return (self.selection.device + points[0][1].device) / self.dense
+        upper = next((i for i, (known, _) in enumerate(points) if known >= density), len(points) - 1)
+        (low, least), (high, most) = points[max(0, upper - 1)], points[max(1, upper)]
+        slope = (most.device - least.device) / max(high - low, 1e-9)
+        attention = max(least.device + slope * (density - low), 0.5 * points[0][1].device)
+        return (self.selection.device + attention) / self.dense
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, microseconds."""
         shape = {**self.shape._asdict(), "masks": [x for bit, x in enumerate(FEATURES) if self.shape.masks >> bit & 1]}
@@ -207,8 +223,13 @@ def lower_end(size: int) -> int:
     return power + power // 2 if size >= power + power // 2 else power
 
 
-def expected_density(keys: int, tolerance: float) -> float:
-    """The density to reckon with, before anything is selected: a high guess, since a wrong one must not cost time."""
+def expected_density(keys: int, tolerance: float, peaks: float = 0.0) -> float:
+    """The density to reckon with, before anything is selected: a high guess, since a wrong one must not cost time.
+
+    peaks: what calibration measured in place of PEAKS; 0.0: nothing.
+    """
+    if peaks:
+        return min(1.0, peaks / max(keys * tolerance, peaks))
     return min(1.0, max(LEAST_DENSITY, PEAKS / max(keys * tolerance, PEAKS)))
 
 

@@ -344,8 +344,8 @@ def test_explain_says_what_became_of_each_site():
     (site,) = explanation.sites
     told = {"graph": 0, "index": 0, "outcome": "sparse", "form": "softmax chain", "line": site.record.line,
             "module": "", "why": "guard on the key length", "node": site.record.node, "mask": "causal",
-            "bucket": "[32, inf)", "budget": "tolerance 0", "op": "adaptive_attention", "depends": (), "protection": "",
-            "density": 1.0}
+            "bucket": "[32, inf)", "budget": "tolerance 0", "op": "adaptive_attention", "depends": (), "heads": 2,
+            "kv_heads": 2, "head_dim": 8, "value_dim": 8, "protection": "", "density": 1.0}
     assert site.to_dict() == told
     assert site.record.line.startswith("test_backend.py:")
     for word in ("causal", "[32, inf)", "tolerance 0", "test_backend.py", "density 1.000", "adaptive_attention"):
@@ -473,7 +473,8 @@ def test_a_mask_that_is_none_is_refused(mask, words):
 
 def test_a_guarantee_reaches_the_op_as_shifts():
     promise = Promise(0.05, None, 0.9, 0.5, {0: (1.0, 0.0)})
-    plan = Plan((Bucket(1, None, Budget(1.0, sinks=0, local=0), {}, Bounds(9, 99, (), {0.95: promise}).to_dict()),))
+    plan = Plan((Bucket(1, None, Budget(1.0, sinks=0, local=0),
+                        bounds=Bounds(9, 99, (), {0.95: promise}).to_dict()),))
     model = Attention().eval()
     x = torch.randn(2, 700, 16)
     sparsify.compile(model, plan, backend="eager")
@@ -482,7 +483,7 @@ def test_a_guarantee_reaches_the_op_as_shifts():
     sparsify.compile(model, plan, guarantee=0.95, backend="eager")
     (site,) = sparsify.explain(model, x).sites
     assert 0.5 < site.density < 0.75  # the second head keeps everything
-    assert site.record.budget == "tolerance 1 times 0 to 1 by head"
+    assert site.record.budget == "tolerance 1 times 0 to 1 by head, sinks 0, local 0"
     torch.testing.assert_close(
         torch.compile(model.forward, backend="sparsify", options={"plan": plan, "guarantee": 0.95})(x), model(x))
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from torch._inductor import compile_fx
 from typer.testing import CliRunner
 
 from sparsify import measurement
 from sparsify.cli import app
-from sparsify.models.loading import HELDOUT_TEXT
+from sparsify.models.loading import HELDOUT_TEXT, TINY_LM
 from sparsify.plan import Plan
 from tests.small_model import EDGE, PLAN, save_small_model
 
@@ -83,7 +84,57 @@ def test_plan_show(files):
     assert Plan.from_dict(json.loads(run("plan", "show", files / "plan.json", "--json").stdout)) == PLAN
 
 
+@pytest.fixture(scope="module")
+def calibrated(files):
+    """The plan of a calibration on pages of one text; graphs run without Inductor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_fx, "compile_fx", lambda gm, inputs, **options: gm)
+        return run("calibrate", files / "model", "--text", f"book={files / 'text.txt'}", "--lengths", "512",
+                   "--max-error", "9", "--device", "cpu", "--out", files / "calibrated.json", "--json")
+
+
+def test_calibrate_prints_and_writes_the_plan(calibrated, files):
+    assert calibrated.exit_code == 0, calibrated.output
+    plan = Plan.load(files / "calibrated.json")
+    assert Plan.from_dict(json.loads(calibrated.stdout)) == plan
+    assert plan.calibration["documents"].keys() == {"book"}
+    assert plan.calibration["texts"] == 1
+    for line in ("1 texts are few: cut into", "[1/1] 512 keys: ", "calibrated.json"):
+        assert line in calibrated.stderr
+    assert (files / "calibrated.journal.jsonl").exists()
+
+
+def test_plan_check_knows_model_and_machine(calibrated, files):
+    fine = run("plan", "check", files / "calibrated.json", "--model", files / "model", "--device", "cpu")
+    assert fine.stdout.splitlines() == ["the model has the graph of the plan", "this is where the plan was measured"]
+    other = run("plan", "check", files / "calibrated.json", "--device", "cpu")  # and no model at all
+    assert other.exit_code == 0
+    wrong = run("plan", "check", files / "calibrated.json", "--model", TINY_LM, "--device", "cpu")
+    assert wrong.exit_code == 2
+    assert "was made for another graph: its site 0 is" in wrong.stderr
+    elsewhere = run("plan", "check", files / "calibrated.json", "--device", "cpu", "--dtype", "bfloat16")
+    assert "dtype: the plan says float32, here it is bfloat16" in elsewhere.stdout
+    again = run("plan", "check", files / "calibrated.json", "--device", "cpu", "--out", files / "here.json")
+    assert again.exit_code == 0, again.output
+    assert Plan.load(files / "here.json").graph == Plan.load(files / "calibrated.json").graph
+    assert run("plan", "check", files / "plan.json", "--device", "cpu").stdout == (
+        "the plan does not say where it was measured\n")
+
+
+def test_plan_diff(calibrated, files):
+    same = run("plan", "diff", files / "plan.json", files / "plan.json")
+    assert (same.exit_code, same.stdout) == (0, "no difference\n")
+    other = run("plan", "diff", files / "plan.json", files / "calibrated.json")
+    assert other.exit_code == 1
+    assert f"[1, {EDGE}): " not in other.stdout  # dense in both
+    assert f"[{EDGE}, inf): tolerance 0.05 -> dense" in other.stdout
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
+    (["calibrate", "x", "more.txt"], "texts are 'more.txt'. Give them behind --text"),
+    (["calibrate", "--lengths", "512", "--text", "no-such-text"], "text 'no-such-text' cannot be read"),
+    (["calibrate", "--max-error", "0"], "max_error is 0"),
+    (["plan", "check", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
     (["bench", "--lengths", "512,many"], "lengths is '512,many'"),
     (["bench", "--lengths", "0"], "lengths is [0]"),
     (["bench", "--lengths", "512,40000"], "lengths holds 40000 and the model has 32768 positions"),
@@ -101,7 +152,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
     result = run(*arguments, *(["--device", "cpu"] if arguments[0] != "plan" else []))
     assert result.exit_code == 2
     assert result.stdout == ""
-    [line] = [line for line in result.stderr.splitlines() if line != "reading the text"]
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith(("reading the text", "sparsify: "))]
     assert line.startswith("error: ")
     assert words in line
 

@@ -12,7 +12,8 @@ RANKS = {"kernels": 0, "ops": 1, "passes": 2}
 LEAVES = {"bounds", "errors", "plan", "timings"}
 REST = 3
 
-CORE = {"torch", "packaging", "sympy", "mpmath", "sparsify"}  # sympy comes with torch, and mpmath with sympy
+# sympy comes with torch and speaks for its symbolic shapes; mpmath, its arithmetic, comes with it.
+CORE = {"torch", "packaging", "sympy", "mpmath", "sparsify"}
 EXTRAS = {
     "cli.py": {"typer", "rich", "transformers"},
     "models/loading.py": {"transformers"},
@@ -21,7 +22,7 @@ EXTRAS = {
 
 SOURCES = {
     path.relative_to(ROOT / "sparsify").as_posix(): ROOT / "sparsify" / path.relative_to(ROOT / "sparsify")
-    for folder in ("", "ops", "passes", "kernels", "calibration", "models")
+    for folder in ("", "ops", "passes", "kernels", "models", "calibration")
     for path in sorted((ROOT / "sparsify" / folder).glob("*.py"))
 }
 

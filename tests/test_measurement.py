@@ -101,7 +101,7 @@ def test_quality_is_what_float64_says(rows_at_once, rng, device, monkeypatch):
     dense, sparse = (3 * torch.randn(50, 31, generator=rng, device=device) for _ in range(2))
     ids = torch.randint(31, (50,), generator=rng, device=device)
     monkeypatch.setattr(measurement, "CHUNK_ELEMENTS", 31 * rows_at_once)
-    quality = measurement._Quality()
+    quality = measurement.Quality()
     quality.add(dense, sparse, ids)
     log_p, log_q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
     assert (quality.positions, quality.targets) == (50, 49)

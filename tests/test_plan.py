@@ -1,11 +1,14 @@
 """Plans: what is written is read back, and what cannot be meant is refused in words."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from sparsify.bounds import Bounds, Promise
+from sparsify.difference import differences
 from sparsify.errors import PlanError
-from sparsify.plan import SCHEMA, Bucket, Budget, Plan, resolve_plan
+from sparsify.plan import SCHEMA, Bucket, Budget, Gate, Plan, SiteShape, graph_hash, resolve_plan
 
 DENSE = Budget.dense()
 THREE = Plan(
@@ -13,9 +16,21 @@ THREE = Plan(
      Bucket(16384, None, Budget(0.05, max_density=0.5, sinks=2, local=3, singles=4))),
     name="three", fingerprint={"device": "cpu"},
 )
+GATE = Gate(4096, Budget(0.02, singles=2), True, 8, 0.1 + 0.2, 1 / 3, 0.4, 0.25, True, "8 documents", {0: DENSE}, 0.1,
+            0.2, {"code": 0.3}, {0: 1.0, 11: 0.4})
+BOUNDS = Bounds(12, 99, ("code",), {0.95: Promise(0.05, None, 0.9, 0.4, {1: (0.5, 1.0)})})
+GRAPH = tuple(SiteShape(0, i, f"model.layers.{i}.self_attn", 9, 3, 64, 64, True) for i in range(3))
+CALIBRATED = Plan(
+    (Bucket(1, 2049, DENSE),
+     Bucket(2049, 4097, replace(GATE.budget, peaks=33.5), {0: DENSE}, (GATE,), BOUNDS.to_dict()),
+     Bucket(4097, None, Budget(0.01))),
+    name="calibrated", fingerprint={"graph": graph_hash(GRAPH), "device": "cpu"},
+    calibration={"metric": "kl", "documents": {"": 12}}, graph=GRAPH,
+)
 
 
-@pytest.mark.parametrize("plan", [Plan.dense(), Plan.default("cpu"), Plan.default("cuda"), THREE], ids=lambda p: p.name)
+@pytest.mark.parametrize("plan", [Plan.dense(), Plan.default("cpu"), Plan.default("cuda"), THREE, CALIBRATED],
+                         ids=lambda p: p.name)
 def test_a_saved_plan_is_read_back_equal(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -60,6 +75,76 @@ def test_the_default_plan_is_dense_where_nothing_can_be_dropped(device):
     assert long.budget_of(0).is_dense
 
 
+def test_the_hash_follows_calibration_gates_bounds_and_graph():
+    def changed(**changes):
+        return replace(CALIBRATED, **changes).hash
+
+    bucket = CALIBRATED.buckets[1]
+    others = [CALIBRATED.hash, changed(calibration={}), changed(graph=GRAPH[:2])]
+    for other in (replace(bucket, gates=()), replace(bucket, bounds={})):
+        others.append(changed(buckets=(CALIBRATED.buckets[0], other, CALIBRATED.buckets[2])))
+    assert len(set(others)) == 5
+
+
+def test_a_file_of_schema_1_is_read():
+    old = {name: value for name, value in THREE.to_dict().items() if name not in ("calibration", "graph")}
+    buckets = [{name: x for name, x in bucket.items() if name not in ("gates", "bounds")} for bucket in old["buckets"]]
+    assert Plan.from_dict({**old, "schema": 1, "buckets": buckets}) == THREE
+
+
+def test_merged_buckets_keep_all_gates_and_other_bounds_apart():
+    low, high = Bucket(1, 10, DENSE, {}, (GATE,)), Bucket(10, None, DENSE, {}, (replace(GATE, length=20),))
+    [joined] = Plan((low, high)).merged().buckets
+    assert [gate.length for gate in joined.gates] == [4096, 20]
+    assert len(Plan((low, replace(high, bounds={"0.9": {}}))).merged().buckets) == 2
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, None),
+    ({"module": "wrapped.model.layers.1.self_attn"}, None),
+    ({"heads": 0, "kv_heads": 0, "head_dim": 0, "value_dim": 0}, None),  # left as it was: under grad mode, for one
+    ({"causal": False}, None),
+    ({"module": "model.layers.1.cross_attn"}, "its site 1 is model.layers.1.self_attn, 9 / 3 heads of 64; here site 1"),
+    ({"kv_heads": 9}, "here site 1 is model.layers.1.self_attn, 9 / 9 heads of 64"),
+    ({"value_dim": 32}, "9 / 3 heads of 64 and 32"),
+])
+def test_a_plan_knows_its_graph(changes, words):
+    sites = (GRAPH[0], replace(GRAPH[1], **changes), GRAPH[2])
+    if words is None:
+        CALIBRATED.refuse_other_graph(sites)
+    else:
+        with pytest.raises(PlanError, match=words):
+            CALIBRATED.refuse_other_graph(sites)
+
+
+def test_a_plan_of_several_graphs_takes_each_and_one_of_none_takes_all():
+    second = tuple(replace(site, graph=1) for site in GRAPH[:1])
+    both = replace(CALIBRATED, graph=(*GRAPH, *second))
+    for sites in (GRAPH, GRAPH[:1], ()):
+        both.refuse_other_graph(sites)
+    with pytest.raises(PlanError, match="it has 3 attention sites and this one 2"):
+        both.refuse_other_graph(GRAPH[:2])
+    THREE.refuse_other_graph(GRAPH[:2])
+
+
+def test_differences_name_ranges_sites_and_facts():
+    assert differences(CALIBRATED, CALIBRATED) == []
+    bucket = replace(CALIBRATED.buckets[1], hi=3000, budget=Budget(0.05), sites={2: DENSE}, bounds={})
+    other = replace(CALIBRATED, buckets=(CALIBRATED.buckets[0], bucket, Bucket(3000, None, Budget(0.01))), graph=(),
+                    fingerprint={**CALIBRATED.fingerprint, "device": "cuda"})
+    assert differences(CALIBRATED, other) == [
+        "[2049, 3000): tolerance 0.02, singles 2 -> tolerance 0.05",
+        "[2049, 3000), site 0: dense -> tolerance 0.05",
+        "[2049, 3000), site 2: tolerance 0.02, singles 2 -> dense",
+        "[2049, 3000): other bounds",
+        "[3000, 4097): tolerance 0.02, singles 2 -> tolerance 0.01",
+        "[3000, 4097), site 0: dense -> tolerance 0.01",
+        "[3000, 4097): other bounds",
+        "measured on, device: cpu -> cuda",
+        "graph: 3 attention sites, the first model.layers.0.self_attn, 9 / 3 heads of 64 -> any",
+    ]
+
+
 def test_a_plan_comes_from_whatever_a_caller_has(tmp_path):
     THREE.save(tmp_path / "plan.json")
     for given in (THREE, THREE.to_dict(), tmp_path / "plan.json", str(tmp_path / "plan.json")):
@@ -72,7 +157,7 @@ def test_a_plan_comes_from_whatever_a_caller_has(tmp_path):
 @pytest.mark.parametrize(("field", "value"), [
     ("tolerance", -0.1), ("tolerance", 1.1), ("tolerance", float("nan")), ("tolerance", "0.1"), ("tolerance", True),
     ("max_density", 0), ("max_density", 1.5), ("sinks", -1), ("sinks", 1.0), ("local", 65), ("singles", 0),
-    ("singles", 17), ("singles", True),
+    ("singles", 17), ("singles", True), ("peaks", 0), ("peaks", "1"),
 ])
 def test_a_budget_out_of_range_names_field_and_value(field, value):
     with pytest.raises(PlanError, match=f"budget.{field} is {value!r}"):
@@ -114,6 +199,11 @@ def one_bucket(**changes):
     (one_bucket(budget={"tolerance": 2}), r"plan.buckets\[0\].budget: budget.tolerance is 2"),
     (one_bucket(budget={"tolerance": None, "tau": 1}), r"budget has the unknown key 'tau'"),
     (one_bucket(sites={"first": {"tolerance": None}}), r"plan.buckets\[0\].sites has the key 'first'"),
+    (one_bucket(gates=3), r"plan.buckets\[0\].gates is 3. It must be a list"),
+    (one_bucket(gates=[{"length": 512}]), r"plan.buckets\[0\].gates\[0\].documents is None. .* whole number"),
+    (one_bucket(bounds=[1]), r"plan.buckets\[0\].bounds is \[1\]. It must be an object"),
+    ({**one_bucket(), "graph": [{}]}, r"plan.graph\[0\].causal is None"),
+    ({**one_bucket(), "calibration": "yes"}, "plan.calibration is 'yes'. It must be an object"),
     (one_bucket(sites={"0": 0.1}), r"plan.buckets\[0\].sites\[0\] is 0.1"),
 ])
 def test_a_dict_that_is_no_plan_says_where(data, words):
@@ -140,5 +230,5 @@ def test_a_length_below_one_is_refused():
 def test_a_printed_plan_shows_every_bucket():
     assert str(THREE).splitlines()[1:] == [
         "  [1, 4096): dense", "  [4096, 16384): tolerance 0.02, site 0: dense, site 3: tolerance 0.01",
-        "  [16384, inf): tolerance 0.05",
+        "  [16384, inf): tolerance 0.05, max_density 0.5, sinks 2, local 3, singles 4", "  measured on: device cpu",
     ]

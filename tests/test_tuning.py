@@ -141,6 +141,40 @@ def test_sparse_bfloat16_pays_late_on_a_cpu(length, dtype, pays, monkeypatch):
     assert crossover.selection_pays(q, q, q, 0.25, Masks(0), 0.03, 6) == pays
 
 
+@pytest.mark.parametrize(("peaks", "pays"), [(0.0, False), (0.2 * 1024 * 0.03, True), (0.9 * 1024 * 0.03, False)])
+def test_a_calibrated_density_decides_in_place_of_the_guess(peaks, pays, table):
+    table.add(times())  # breaks even near 0.8; the guess is a density of 1
+    assert 0.3 < table.break_evens[SHAPE, 6] < 0.9
+    tensors = qkv()
+    assert crossover.selection_pays(*tensors, 0.25, Masks(0), 0.03, 6, peaks) == pays
+    with ops.counting() as counters:
+        ops.adaptive_attention(*tensors, 0.25, *CAUSAL, 0.03, *BUDGET, peaks=peaks)
+    assert (counters.blocks(0) == (1, 1)) != pays  # (1, 1): it ran exact
+
+
+def test_times_for_a_call_are_measured_where_they_are_not_known(table, monkeypatch):
+    asked = []
+
+    def measure(q, k, v, scale, masks, shape, singles, seconds):
+        asked.append((shape.kv_len, singles))
+        if len(asked) == 3:
+            raise RuntimeError("out of memory")
+        return times(shape, singles=singles)
+
+    monkeypatch.setattr(crossover, "measure", measure)
+    tensors = qkv()
+    for singles in (6, 6, 2):
+        assert crossover.times_for(*tensors, 0.25, Masks(0), singles).singles == singles
+    assert asked == [(1024, 6), (1024, 2)]
+    assert Table(timings.path(), table.fingerprint).times.keys() == table.times.keys()  # kept for the ops to find
+    assert crossover.times_for(*tensors, 0.25, Masks(0), 12) is None  # the third: it could not be measured
+    monkeypatch.setenv("SPARSIFY_TUNE", "read")
+    assert crossover.times_for(*qkv(768), 0.25, Masks(0), 6).shape.kv_len == 1024  # the nearest
+    assert crossover.times_for(*tensors, 0.25, Masks(0), 3) is None
+    assert crossover.times_for(*qkv(100), 0.25, Masks(0), 6) is None
+    assert len(asked) == 3
+
+
 def test_sparse_never_pays_where_its_launches_take_longer_than_dense():
     given = times(dense=1.0, selection=0.1)
     slow = Times(given.shape, given.exact, 6, Time(1e-4, 5e-4), {d: Time(t.device, 3e-4) for d, t in
@@ -155,6 +189,8 @@ def test_expected_density_falls_with_length_and_tolerance_to_a_floor():
     assert expected_density(8192, 0.03) == pytest.approx(timings.PEAKS / 8192 / 0.03)
     assert expected_density(8192, 0.0) == expected_density(1, 0.5) == 1.0
     assert expected_density(2**20, 0.03) == timings.LEAST_DENSITY
+    assert expected_density(8192, 0.03, 20.0) == pytest.approx(20 / 8192 / 0.03)  # calibrated: no floor
+    assert expected_density(100, 0.03, 20.0) == expected_density(8192, 0.0, 20.0) == 1.0
 
 
 # The file.

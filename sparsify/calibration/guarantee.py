@@ -30,13 +30,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 
-import mpmath
 import torch
 from torch import Tensor
 
 from sparsify.bounds import Bounds, Promise
+from sparsify.calibration.gate import upper_bound
 from sparsify.errors import OptionError
 from sparsify.kernels.blocks import allowed_blocks, boundary_blocks, forced_blocks
 from sparsify.kernels.masks import Masks
@@ -45,8 +44,6 @@ from sparsify.ops.select import estimate_peaks
 from sparsify.plan import Budget
 
 TARGETS = (0.90, 0.95, 0.99)
-CONFIDENCE = 0.95
-"""Of each bound by itself, one-sided."""
 LEAST_DOCUMENTS = 5
 FOLDS = 5
 STEP, STEPS = 1 / 32, 192
@@ -92,6 +89,8 @@ class Collector:
         if self._open is None or budget.is_dense:
             return
         new, known = sketch(q, k, scale, masks, budget).cpu(), self._open.sketches.get(site)
+        if known is not None and known.shape != new.shape:
+            known, new = None, new[:, :0]  # two graphs call different sites by one number: no promise for either
         self._open.sketches[site] = new if known is None else known + new
 
 
@@ -136,8 +135,14 @@ def fit(documents: Sequence[Document], targets: Sequence[float] = TARGETS) -> Bo
     if len(documents) < LEAST_DOCUMENTS:
         raise OptionError(f"documents has {len(documents)} documents. A guarantee needs at least {LEAST_DOCUMENTS}: "
                           "give more, and several of each kind.")
-    sites = sorted({site for document in documents for site in document.sketches})
-    heads = {site: next(d.sketches[site].shape[1] for d in documents if site in d.sketches) for site in sites}
+    sizes: dict[int, set[int]] = {}
+    for document in documents:
+        for site, found in document.sketches.items():
+            sizes.setdefault(site, set()).add(found.shape[1])
+    heads = {site: max(found) for site, found in sorted(sizes.items()) if len(found) == 1 and max(found)}
+    sites = list(heads)
+    if not sites:
+        raise OptionError("documents has no sparse site: there is nothing to promise. Leave the bounds out.")
     counts = torch.stack([torch.cat([document.sketches.get(site, torch.zeros(3, heads[site], STEPS + 2))
                                      for site in sites], 1) for document in documents]).double()
     kinds = [document.kind for document in documents]
@@ -185,7 +190,7 @@ def _promise(data: _Counts, kinds: Sequence[str], target: float, heads: Mapping[
     for level in LEVELS:
         steps = [_steps(share, level * most) for share in shares]
         rates = torch.cat([data.rates(step, fold) for step, fold in zip(steps, folds, strict=True)])
-        misses = upper_bound(rates)
+        misses = upper_bound(rates.tolist())
         if misses <= most:
             break
     coverages = torch.cat([data.coverages(step, fold) for step, fold in zip(steps, folds, strict=True)])
@@ -195,9 +200,10 @@ def _promise(data: _Counts, kinds: Sequence[str], target: float, heads: Mapping[
     for site, count in heads.items():
         of_sites[site], shifts = tuple(round(shift, 6) for shift in shifts[:count]), shifts[count:]
     elsewhere = _elsewhere(data, kinds, level * most)
-    return Promise(round(misses, 6), None if elsewhere is None else round(elsewhere, 6),
-                   round(1 - upper_bound(1 - coverages), 6), round(float(data.densities(final, everything).mean()), 6),
-                   of_sites)
+    coverage = 1 - upper_bound((1 - coverages).tolist())
+    density = float(data.densities(final, everything).mean())
+    return Promise(round(misses, 6), None if elsewhere is None else round(elsewhere, 6), round(coverage, 6),
+                   round(density, 6), of_sites)
 
 
 def _elsewhere(data: _Counts, kinds: Sequence[str], level: float) -> float | None:
@@ -207,7 +213,7 @@ def _elsewhere(data: _Counts, kinds: Sequence[str], level: float) -> float | Non
         inside = [i for i, x in enumerate(kinds) if x == kind]
         outside = [i for i, x in enumerate(kinds) if x != kind]
         if len(inside) > 1 and len(outside) > 1:
-            bounds.append(upper_bound(data.rates(_steps(_shares(data, outside), level), inside)))
+            bounds.append(upper_bound(data.rates(_steps(_shares(data, outside), level), inside).tolist()))
     return max(bounds) if len(bounds) > 1 else None
 
 
@@ -231,25 +237,3 @@ def _steps(shares: Tensor, level: float) -> Tensor:
     """The first step of each head from which on its share stays at or below the level; the last keeps everything."""
     above = shares.flip(-1).cummax(-1).values.flip(-1) > level
     return above.sum(-1).clamp(max=shares.shape[-1] - 1)
-
-
-def upper_bound(values: Tensor) -> float:
-    """One-sided upper confidence bound of the mean, Student's t."""
-    spread = float(values.std()) if len(values) > 1 else math.inf
-    return float(values.mean()) + t_quantile(len(values) - 1) * spread / math.sqrt(len(values))
-
-
-@cache
-def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """Quantile of Student's t, by bisection of the regularised incomplete beta function."""
-    def below(t: float) -> float:
-        tail = mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) / 2
-        return float(1 - tail)
-
-    low, high = 0.0, 1.0
-    while below(high) < confidence:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) < confidence else (low, middle)
-    return high

@@ -30,6 +30,7 @@ All masks hold together. A row that sees no key gives zeros, with sink logits to
 
 from sparsify.ops.attend import adaptive_attention, block_sparse_attention, exact_attention
 from sparsify.ops.counters import Counters, counting
+from sparsify.ops.probing import probing
 from sparsify.ops.protect import protect_keys
 from sparsify.ops.select import select_blocks
 from sparsify.ops.verify import check_mask
@@ -43,6 +44,7 @@ __all__ = [
     "check_mask",
     "counting",
     "exact_attention",
+    "probing",
     "protect_keys",
     "select_blocks",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsify.errors import ShapeError
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, allowed_blocks, capacity, count_blocks
 from sparsify.kernels.masks import Masks
-from sparsify.ops import counters, crossover, exact
+from sparsify.ops import counters, crossover, exact, probing
 from sparsify.ops.checks import check_inputs, check_protected, check_shifts, check_tolerance
 from sparsify.ops.lists import attend_lists, has_kernels
 from sparsify.ops.select import keep_lists
@@ -48,22 +48,34 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
                        key_mask: Tensor | None, query_documents: Tensor | None, key_documents: Tensor | None,
                        attn_mask: Tensor | None, softcap: float, sink_logits: Tensor | None, tolerance: float,
                        max_density: float, sinks: int, local: int, singles: int, site: int, version: int,
-                       shifts: Sequence[float] | None = None, protected: Tensor | None = None) -> Tensor:
+                       peaks: float = 0.0, shifts: Sequence[float] | None = None,
+                       protected: Tensor | None = None) -> Tensor:
     """Attention that drops the key blocks to which no query of a query block gives `tolerance` of its attention.
 
     A call for which selection would not pay runs exact: few heads, short sequences (`crossover.selection_pays`).
+    While somebody probes (`sparsify.ops.probing`), the probe's budget holds in place of the arguments.
 
     Shapes and masks as in `sparsify.ops`; budget, shifts and protected as in `select_blocks`. `site` names the
-    attention site to `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls. Returns out
-    [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError,
-    OptionError.
+    attention site to `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls; `peaks` (see
+    `sparsify.Budget`; 0.0: not known) tells what density to reckon with. Returns out [B, H, q_len, Dv] in the dtype of
+    q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError, OptionError.
     """
     masks = check_inputs(q, k, v, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
                                         softcap, sink_logits))
     check_tolerance(tolerance)
     check_shifts(shifts, q)
     check_protected(protected, k)
-    if not has_kernels(q, v) or not crossover.selection_pays(q, k, v, scale, masks, tolerance, singles, shifts):
+    probe = probing.active()
+    if probe is None:
+        drops = has_kernels(q, v) and crossover.selection_pays(q, k, v, scale, masks, tolerance, singles, peaks, shifts)
+    else:
+        if probe.watch is not None:
+            probe.watch(site, q, k, v, scale, masks)
+        budget = probe.budget_of(site, k.shape[2])
+        max_density, sinks, local, singles = budget.max_density, budget.sinks, budget.local, budget.singles
+        drops = budget.tolerance is not None and has_kernels(q, v)
+        tolerance, shifts = budget.tolerance or 0.0, budget.shifts
+    if not drops:
         if counters.is_counting():
             counters.record_all(site)
         return _exact(q, k, v, scale, masks)
@@ -75,7 +87,7 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
 
 @adaptive_attention.register_fake
 def _(q, k, v, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits,
-      tolerance, max_density, sinks, local, singles, site, version, shifts=None, protected=None):
+      tolerance, max_density, sinks, local, singles, site, version, peaks=0.0, shifts=None, protected=None):
     return _empty_out(q, v)
 
 

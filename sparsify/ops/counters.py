@@ -42,13 +42,23 @@ class Counters:
         return sorted(self._last)
 
 
+class Totals(Counters):
+    """The same over all calls of a site: one that runs twice in a model, or site 0 of several graphs."""
+
+    def record(self, site: int, kept: Tensor, allowed: Tensor) -> None:
+        if site in self._last:
+            kept_before, allowed_before = self._last[site]
+            kept, allowed = kept.to(kept_before.device) + kept_before, allowed.to(kept_before.device) + allowed_before
+        self._last[site] = kept, allowed
+
+
 _ACTIVE: list[Counters] = []
 
 
 @contextmanager
-def counting() -> Iterator[Counters]:
-    """Count what the ops keep while the context is open."""
-    counters = Counters()
+def counting(counters: Counters | None = None) -> Iterator[Counters]:
+    """Count what the ops keep while the context is open, in `counters` or new ones."""
+    counters = Counters() if counters is None else counters
     _ACTIVE.append(counters)
     try:
         yield counters
@@ -63,7 +73,7 @@ def is_counting() -> bool:
 
 def record_all(site: int) -> None:
     """Report one call that dropped nothing."""
-    everything = torch.ones((), dtype=torch.int64)
+    everything = torch.ones((), dtype=torch.int64)  # no count of blocks, but a share of one
     for counters in _ACTIVE:
         counters.record(site, everything, everything)
 

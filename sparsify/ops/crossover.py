@@ -75,10 +75,10 @@ def exact_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) ->
 
 
 def selection_pays(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, tolerance: float, singles: int,
-                   shifts: Sequence[float] | None = None) -> bool:
+                   peaks: float = 0.0, shifts: Sequence[float] | None = None) -> bool:
     """Whether sparse attention may be expected to be faster than exact, for calls that our kernels take.
 
-    `shifts`: factors on the tolerance, by query head.
+    `peaks`: see `sparsify.Budget`; 0.0: not known. `shifts`: factors on the tolerance, by query head.
     """
     table = _usable_table(q)
     shape = None if table is None else class_of(q, k, v, masks)
@@ -92,8 +92,8 @@ def selection_pays(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, 
     if break_even is None:
         return _pays_by_constants(q, k, v, masks)
     keys = k.shape[2] if masks.window is None else max(1, min(masks.window, k.shape[2]))
-    return break_even >= (timings.expected_density(keys, tolerance) if shifts is None else
-                          _mean_density(keys, tolerance, tuple(shifts)))
+    return break_even >= (timings.expected_density(keys, tolerance, peaks) if shifts is None else
+                          _mean_density(keys, tolerance, peaks, tuple(shifts)))
 
 
 def class_of(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> ShapeClass | None:
@@ -125,9 +125,40 @@ def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, shape: 
         return _measure(*_part(q, k, v, masks, shape), scale, shape, singles, clock or clock_of(q.device), seconds)
 
 
+def times_for(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, singles: int,
+              seconds: float = TUNE_SECONDS) -> Times | None:
+    """Times of the class of a call, sparse attention included: known here, else measured now and kept, on a CPU too.
+
+    None where nothing is measured: small calls, SPARSIFY_TUNE=0, SPARSIFY_TUNE=read and nothing alike known.
+    """
+    table, shape = table_of(q.device), class_of(q, k, v, masks)
+    if table is None or shape is None or not has_kernels(q, v):
+        return None
+    known = table.times.get((shape, singles))
+    if known is None and timings.mode() == "on":
+        try:
+            known = measure(q, k, v, scale, masks, shape, singles, seconds=seconds)
+        except RuntimeError as error:  # out of memory, for one
+            log.info("sparsify: %s could not be measured: %s", shape, error)
+        else:
+            table.add(known)
+    return known or table.near(shape, singles)
+
+
 def measure_layer(sizes: tuple[int, int, int, int, int, int], causal: bool, dtype: torch.dtype, device: torch.device,
                   singles: int, seconds: float = TUNE_SECONDS) -> Times:
-    """`measure` on random tensors: batch, heads, KV heads, length, head dim, value dim; laid out as models do."""
+    """`measure` on random tensors, see `random_layer`."""
+    q, k, v, masks = random_layer(sizes, causal, dtype, device)
+    shape = class_of(q, k, v, masks)
+    if shape is None:
+        raise RuntimeError(f"{sizes[3]} keys of {dtype} are never timed")
+    with torch.inference_mode():
+        return measure(q, k, v, sizes[4] ** -0.5, masks, shape, singles, seconds=seconds)
+
+
+def random_layer(sizes: tuple[int, int, int, int, int, int], causal: bool, dtype: torch.dtype,
+                 device: torch.device) -> tuple[Tensor, Tensor, Tensor, Masks]:
+    """q, k, v, laid out as models do, and masks; sizes: batch, heads, KV heads, length, head dim, value dim."""
     batch, heads, kv_heads, length, head_dim, value_dim = sizes
     generator = torch.Generator(device).manual_seed(length)
 
@@ -135,12 +166,7 @@ def measure_layer(sizes: tuple[int, int, int, int, int, int], causal: bool, dtyp
         return torch.randn(batch, length, heads, dim, generator=generator, device=device, dtype=dtype).transpose(1, 2)
 
     q, k, v = normal(heads, head_dim), normal(kv_heads, head_dim), normal(kv_heads, value_dim)
-    masks = Masks(0 if causal else None)
-    shape = class_of(q, k, v, masks)
-    if shape is None:
-        raise RuntimeError(f"{length} keys of {dtype} are never timed")
-    with torch.inference_mode():
-        return measure(q, k, v, head_dim ** -0.5, masks, shape, singles, seconds=seconds)
+    return q, k, v, Masks(0 if causal else None)
 
 
 def table_of(device: torch.device) -> Table | None:
@@ -169,9 +195,9 @@ def dense_seconds(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> float:
 
 
 @lru_cache(maxsize=4096)  # sites times lengths; a call looks up what the last one computed
-def _mean_density(keys: int, tolerance: float, shifts: tuple[float, ...]) -> float:
+def _mean_density(keys: int, tolerance: float, peaks: float, shifts: tuple[float, ...]) -> float:
     """The density to expect of heads with tolerances of their own."""
-    return sum(timings.expected_density(keys, tolerance * shift) for shift in shifts) / len(shifts)
+    return sum(timings.expected_density(keys, tolerance * shift, peaks) for shift in shifts) / len(shifts)
 
 
 def _pays_by_constants(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> bool:

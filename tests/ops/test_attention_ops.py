@@ -134,7 +134,8 @@ def test_shifts_lower_the_tolerance_head_by_head(case):
         alone = ops.select_blocks(*case.qkv[:2], *case.arguments, 0.3 * shift, *BUDGET.values())
         assert torch.equal(kept[:, head], alone[0][:, head]) and torch.equal(counts[:, head], alone[1][:, head])
     lists = KeptLists(kept, counts)
-    out = ops.adaptive_attention(*case.qkv, *case.arguments, 0.3, *BUDGET.values(), 0, ops.VERSION, shifts)
+    out = ops.adaptive_attention(*case.qkv, *case.arguments, 0.3, *BUDGET.values(), 0, ops.VERSION,
+                                 shifts=shifts)
     assert torch.equal(out, ops.block_sparse_attention(*case.qkv, *lists, *case.arguments)[0])
 
 
@@ -152,7 +153,7 @@ def test_protected_keys_keep_their_blocks(case, rng):
     assert ((kept ^ without) & ~forced).sum(-1).le(1).all()
     plain = rule.unpack(KeptLists(*ops.select_blocks(*call)), key_blocks)
     assert torch.equal(plain, without)  # the twin: nothing protected changes nothing
-    out = ops.adaptive_attention(*case.qkv, *case.arguments, *call[-5:], 0, ops.VERSION, None, protected)
+    out = ops.adaptive_attention(*case.qkv, *case.arguments, *call[-5:], 0, ops.VERSION, protected=protected)
     lists = ops.select_blocks(*call, None, protected)
     assert torch.equal(out, ops.block_sparse_attention(*case.qkv, *lists, *case.arguments)[0])
 
@@ -260,7 +261,7 @@ def test_library_registration(rng, device):
         torch.library.opcheck(ops.adaptive_attention, (*case.qkv, *tail, *budget, 0, ops.VERSION))
         torch.library.opcheck(ops.select_blocks, (*case.qkv[:2], *tail, *budget))
         own = ([1.0, 0.5, 0.5, 0.0], torch.ones(1, case.k.shape[2], dtype=torch.bool, device=device))
-        torch.library.opcheck(ops.adaptive_attention, (*case.qkv, *tail, *budget, 0, ops.VERSION, *own))
+        torch.library.opcheck(ops.adaptive_attention, (*case.qkv, *tail, *budget, 0, ops.VERSION, 0.0, *own))
         torch.library.opcheck(ops.select_blocks, (*case.qkv[:2], *tail, *budget, *own))
         lists = ops.select_blocks(*case.qkv[:2], *tail, *budget)
         torch.library.opcheck(ops.block_sparse_attention, (*case.qkv, *lists, *tail))

@@ -58,6 +58,16 @@ def test_the_op_is_told_its_budget_and_place():
     assert function.ops[1][3:] == (pytest.approx(0.3), 0, *[None] * 5, 0.0, None, 0.25, 0.5, 2, 3, 4, 1, ops.VERSION)
 
 
+def test_the_op_is_told_what_density_calibration_measured():
+    function = rewritten(causal_chain, Plan((Bucket(1, None, Budget(0.25, peaks=31.5)),)), dynamic=False)
+    function.call(*qkv(9))
+    [site] = [node for node in function.graphs[-1].graph.nodes
+              if node.target is torch.ops.sparsify.adaptive_attention.default]
+    assert site.kwargs == {"peaks": 31.5}
+    record = function.records[0]
+    assert (record.heads, record.kv_heads, record.head_dim, record.value_dim) == (4, 4, 8, 8)
+
+
 def test_sdpa_without_a_mask_is_kept_where_the_plan_is_dense():
     function = rewritten(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     function.call(*qkv(9))

@@ -1,0 +1,604 @@
+"""`calibrate`: find, for every bucket of key lengths, the budget that saves the most time and passes its gate.
+
+For each length, ascending, on windows of that length:
+1. choose     the tolerance: a walk on a grid with the first document, then the grid around it with the others; between
+              two points log error is linear in log tolerance. Aimed at is the mean whose bound would just pass
+2. vary       singles, local blocks, dense sites: taken only if documents that did not propose it confirm, with
+              confidence, less error at equal time
+3. judge      on held-out documents, from the safe end up: the largest tolerance that passes, as do all below it that
+              were tried (a fixed sequence of tests, so that trying several does not spend confidence)
+4. gain       dense where less than 3 % of attention's time is saved here
+5. promise    when all buckets stand: what each may promise of missed peaks, see guarantee.py
+
+A bucket reaches from half its length to its length; what lies between buckets and below them is dense, and beyond the
+longest the last budget holds: nothing is more sparse than documents of its own length allow.
+"""
+
+import hashlib
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import exp, inf, log, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import timings
+from sparsify.bounds import Bounds
+from sparsify.calibration.buckets import MOST_BUCKETS, assemble, bucket_of
+from sparsify.calibration.gains import LEAST_GAIN, gain
+from sparsify.calibration.gate import CONFIDENCE, Judgement, judge, t_quantile, upper_bound
+from sparsify.calibration.guarantee import LEAST_DOCUMENTS, Collector, fit
+from sparsify.calibration.journal import Journal, digest
+from sparsify.calibration.metrics import NAMES, Metric
+from sparsify.calibration.progress import Progress, teller
+from sparsify.calibration.runs import Result, Runs, Trial
+from sparsify.calibration.samples import (
+    LEAST_CHOOSERS,
+    LEAST_JUDGES,
+    Document,
+    Shares,
+    Window,
+    documents_needed,
+    held_out,
+    read_documents,
+    windows_of,
+)
+from sparsify.errors import DeviceError, ModelError, OptionError, SampleError
+from sparsify.kernels.masks import Masks
+from sparsify.measurement import check_compiler, device_and_dtype, device_name, encode, measuring, tokenizer_of
+from sparsify.plan import DEFAULT_TOLERANCE, Bucket, Budget, Gate, Plan, graph_hash
+
+LENGTHS = {"cpu": (512, 1024, 2048, 4096, 8192), "cuda": (512, 1024, 2048, 4096, 8192, 16384, 32768)}
+"""Lengths calibrated by default, per device type, as far as model and documents reach."""
+
+GRID = tuple(float(f"{0.0025 * 2 ** (i / 2):.3g}") for i in range(15))
+"""Tolerances, two a doubling: 0.0025 to 0.32."""
+LADDERS = ((1.0, 2 ** -0.25, 2 ** -0.5), (2 ** -1.0, 2 ** -1.5, 2 ** -2.0))
+"""What is judged, as factors on the chosen tolerance; the second only if nothing in the first passes."""
+STEEPNESS = 1.5  # of log error over log tolerance, where there is but one point: 1.2 to 2 on models measured
+SCATTER = 0.5  # standard deviation over mean between documents, where there are too few to tell
+VARIANT_SINGLES = (2, 12)
+FEW_DOCUMENTS = 10
+NOTHING_DROPPED = 0.9  # density from which on no machine gains
+LEAST_IMPROVEMENT = 0.95  # of the error at equal time, for a variant to be worth a budget of its own
+CLEARLY_WORSE = 1.1  # error at equal time of a variant that is not tried at longer lengths
+LEAST_ERROR = 0.05  # of max_error: below, the errors of two budgets are both next to nothing
+MOST_SHIFT = log(2.0)  # by which a variant may move the tolerance beyond what the plain budget showed
+TINY = 1e-9  # an error below is none: logarithms are taken of it
+
+# Documents of each share at most: as many as these tokens hold, between the bounds. One length takes about 65 runs on a
+# CPU, of 10 s at 4K tokens for SmolLM2 on two cores.
+TOKENS = {"cpu": {"choosers": 20_480, "judges": 32_768}, "cuda": {"choosers": 2**20, "judges": 2**20}}
+DOCUMENTS = {"cpu": {"choosers": (4, 6), "judges": (4, 8)}, "cuda": {"choosers": (16, 32), "judges": (16, 40)}}
+
+
+def calibrate(model: nn.Module, samples: Iterable[Any], *, max_error: float = 0.005, metric: Metric = "kl",
+              lengths: Sequence[int] | None = None, holdout: float = 0.3, tokenizer: Any = None,
+              progress: bool | Callable[[str], None] = True, out: str | Path | None = None) -> Plan:
+    """Fit a plan to a model and to samples of what it will run on.
+
+    model      any nn.Module that compiles, in eval mode, on the device and in the dtype that it will run in; it is
+               compiled on the side and not changed
+    samples    an iterable, read once, of documents: token ids int64 [tokens] or [1, tokens] or strings, from which
+               windows of each length are cut; or whole inputs of the model: a tensor, a tuple of arguments, a dict of
+               keywords. `Sample(inputs, kind)` labels one. Each is one draw of what the model will meet: not pages of
+               one book, if it will meet other books
+    max_error  what the upper confidence bound of the mean error must not exceed, in units of the metric
+    metric     "kl": KL(dense || sparse) in nats a token; the next-token loss must not rise by more than 0.3 % (upper
+               bound 0.5 %) either. "loss": rise of that loss, nats a token. A callable (dense output, sparse output)
+               -> float. Where the model returns no logits for tokens, "kl" stands for the relative output error
+               |sparse - dense| / |dense|, and the plan says so
+    lengths    key lengths, the upper ends of buckets; None: LENGTHS of the device, as far as model and documents reach,
+               or the key lengths that whole inputs make
+    holdout    share of the documents that judge and choose nothing
+    tokenizer  for strings; None: the one that belongs to a Hugging Face model
+    progress   True: lines on stderr; or called with a line now and then
+    out        where the plan is saved. Beside it, as .journal.jsonl, lies every result: killed and called again with
+               the same arguments, it goes on where it was and ends with the same plan
+
+    Raises SampleError, ModelError, DeviceError, OptionError.
+    """
+    device, dtype = _check(model, max_error, metric, lengths, holdout)
+    if out is not None and Path(out).is_dir():
+        raise OptionError(f"out is {str(out)!r}, a folder. Give the path of a plan file.")
+    journal_path = None if out is None else Path(out).with_suffix(".journal.jsonl")
+    journal = Journal(journal_path, _settings(model, metric, device, dtype))
+    wanted = _lengths(lengths, model, device)
+    most = {length: sum(_most(device, share, length) for share in ("choosers", "judges")) * 4 for length in wanted}
+    documents = read_documents(samples, _encoder(model, tokenizer), wanted, most)
+    with measuring(model):
+        runs = Runs(model, metric, journal, device, (Budget.singles, *VARIANT_SINGLES))
+        search = _Search(runs, documents, max_error, holdout, progress, device)
+        plan = search.run(wanted, exact=lengths is not None)
+    plan = replace(plan, fingerprint={"graph": graph_hash(plan.graph), **fingerprint(device, dtype)})
+    if out is not None:
+        plan.save(out)
+    return plan
+
+
+def fingerprint(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Where a plan is measured, its graph aside: device, dtype, torch, triton, and a digest of kernels and ops."""
+    return {"device": device_name(device), "device_type": device.type, "dtype": str(dtype).removeprefix("torch."),
+            **timings.versions()}
+
+
+def default_lengths(model: nn.Module, device: torch.device) -> list[int]:
+    """LENGTHS of the device, as far as the positions of the model reach."""
+    most = _positions(model)
+    return [length for length in LENGTHS[device.type] if length <= most] or [int(most)]
+
+
+@dataclass(frozen=True)
+class _Length:
+    """One length to calibrate: its windows, and the range of key lengths that its budget will hold for."""
+
+    length: int
+    shares: Shares
+    lo: int
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A budget to judge, before its tolerance is final."""
+
+    budget: Budget
+    sites: Mapping[int, Budget]
+    tried: Mapping[str, float]
+
+
+class _Search:
+    """The search of one calibration.
+
+    `decided` grows with the lengths: sites of one model may meet several. `lost`: variants not to be tried again.
+    """
+
+    def __init__(self, runs: Runs, documents: Sequence[Document], max_error: float, holdout: float,
+                 progress: bool | Callable[[str], None], device: torch.device) -> None:
+        self.runs, self.documents, self.max_error, self.device = runs, documents, max_error, device
+        self.holdout = holdout
+        self.held = held_out(documents, holdout)
+        self.say = teller(progress)
+        self.decided: list[Bucket] = []
+        self.lost: set[str] = set()
+
+    def run(self, wanted: Sequence[int], exact: bool) -> Plan:
+        """The plan, its fingerprint aside."""
+        are_texts = self.documents[0].tokens is not None
+        lengths = self._of_texts(wanted, exact) if are_texts else self._of_inputs(wanted if exact else None)
+        first = lengths[0].shares.choosers[0]
+        self.facts = self.runs.about(first)
+        self.check_loss = self.facts.metric == "kl" and self.facts.causal
+        planned = [7 * len(x.shares.choosers) + 5 * len(x.shares.judges) for x in lengths]
+        self.tell = Progress(self.say, [x.length for x in lengths], planned, self.runs.seconds)
+        for place, length in enumerate(lengths):
+            self.tell.enter(place)
+            self.decided.append(bucket_of(self._calibrate(length), length.lo - 1))
+            self.say(f"[{place + 1}/{len(lengths)}] {length.length} keys: {self.decided[-1].budget}; "
+                          f"{self.decided[-1].gates[0]}")
+        plan = Plan(assemble(self.decided), name="calibrated", calibration=self._summary(lengths),
+                    graph=self.facts.graph)
+        return replace(plan, buckets=tuple(self._bounded(bucket, plan, lengths) for bucket in plan.buckets))
+
+    def _bounded(self, bucket: Bucket, plan: Plan, lengths: Sequence[_Length]) -> Bucket:
+        """The bucket with what it may promise of missed peaks, at each length that was calibrated in it."""
+        inside = [length for length in lengths if length.length in bucket]
+        if all(budget.is_dense for budget in (bucket.budget, *bucket.sites.values())) or not inside:
+            return bucket
+        found: list[Bounds] = []
+        for length in inside:
+            windows = (*length.shares.choosers, *length.shares.judges)
+            if len(windows) < LEAST_DOCUMENTS:
+                self.say(f"{length.length} keys: no guarantee, {len(windows)} documents are too few for one")
+                return bucket
+            found.append(self._bounds(bucket, plan, windows, length.length))
+        return replace(bucket, bounds=reduce(Bounds.joined, found).to_dict())
+
+    def _bounds(self, bucket: Bucket, plan: Plan, windows: Sequence[Window], length: int) -> Bounds:
+        """The bounds of a bucket by windows of one length, run under the plan."""
+        def look() -> dict[str, Any]:
+            collector = Collector(bucket.budget_of)
+
+            def watch(site: int, q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> None:
+                if k.shape[2] in bucket:
+                    collector.watch(site, q, k, v, scale, masks)
+
+            for number, window in enumerate(windows, start=1):
+                self.say(f"{length} keys: counting missed peaks, document {number} of {len(windows)}")
+                with collector.document(window.kind):
+                    self.runs.watched(window, Trial(plan.buckets), watch)
+            return fit(collector.documents).to_dict()
+
+        names, budgets = [window.name for window in windows], [x.to_dict() for x in _budgets_of(bucket)]
+        return Bounds.from_dict(self.runs.journal.get(look, "bounds", names, budgets, sorted(bucket.sites)))
+
+    def _of_texts(self, wanted: Sequence[int], exact: bool) -> list[_Length]:
+        """Lengths that enough documents reach; all of them, if they were asked for."""
+        found, last = [], 0
+        for length in wanted:
+            shares = self._capped(windows_of(self.documents, self.held, length), length)
+            if len(shares.judges) < LEAST_JUDGES or len(shares.choosers) < LEAST_CHOOSERS:
+                if exact:
+                    self._refuse(length, shares)
+                continue
+            self.say(f"compiling the model, and timing its layers at {length} tokens")
+            keys = max(call.kv_len for call in self._calls(shares.choosers[0]))
+            found.append(_Length(keys, shares, max(last + 1, keys // 2 + 1)))
+            last = keys
+        if not found:
+            self._refuse(wanted[0], windows_of(self.documents, self.held, wanted[0]))
+        return found
+
+    def _of_inputs(self, wanted: Sequence[int] | None) -> list[_Length]:
+        """The key lengths that whole inputs make, a bucket a doubling from the longest down; or those asked for."""
+        self.say("compiling the model, and timing its layers")
+        shares = windows_of(self.documents, self.held, 0)
+        meets = {window.name: {call.kv_len for call in self._calls(window)}
+                 for window in (*shares.choosers, *shares.judges)}
+        lengths = sorted({length for met in meets.values() for length in met})
+        tops: list[int] = list(wanted or ())
+        while wanted is None and lengths and len(tops) < MOST_BUCKETS - 1:
+            tops.insert(0, lengths[-1])
+            lengths = [length for length in lengths if length <= tops[0] // 2]
+        found, last = [], 0
+        for top in tops:
+            lo = max(last + 1, top // 2 + 1)
+            chosen = Shares(*(tuple(w for w in share if any(lo <= x <= top for x in meets[w.name]))
+                              for share in (shares.choosers, shares.judges)))
+            if len(chosen.judges) < LEAST_JUDGES or len(chosen.choosers) < LEAST_CHOOSERS:
+                self._refuse(top, chosen)
+            found.append(_Length(top, self._capped(chosen, top), lo))
+            last = top
+        return found
+
+    def _calls(self, window: Window) -> list[Any]:
+        calls = self.runs.calls(window)
+        if not calls:
+            self.runs.about(window)  # says why
+        return calls
+
+    def _refuse(self, length: int, shares: Shares) -> None:
+        raise SampleError(f"samples has {len(shares.choosers) + len(shares.judges)} documents of {length} keys, "
+                          f"{len(shares.judges)} of them held out. At holdout {self.holdout:g} it takes "
+                          f"{documents_needed(self.holdout)} different ones, to choose on some and judge on others. "
+                          "Give more or longer documents, or shorter lengths.")
+
+    def _capped(self, shares: Shares, length: int) -> Shares:
+        return Shares(shares.choosers[:_most(self.device, "choosers", length)],
+                      shares.judges[:_most(self.device, "judges", length)])
+
+    def _trial(self, length: _Length, budget: Budget, sites: Mapping[int, Budget] | None = None) -> Trial:
+        return Trial((*self.decided, Bucket(length.lo, length.length + 1, budget, sites or {})))
+
+    def _calibrate(self, length: _Length) -> Gate:
+        """What is found at one length."""
+        choosers = length.shares.choosers
+        points = self._walk(length, choosers)
+        target = self.max_error / (1 + t_quantile(len(length.shares.judges) - 1) * _scatter(points, self.max_error)
+                                   / sqrt(len(length.shares.judges)))
+        tolerance, steepness = _solve(points, target)
+        nearest = min(points, key=lambda known: abs(log(known / tolerance)))
+        most = min((known for known in points if known >= tolerance), default=max(points))
+        densities, calls = _mean_densities(points[most]), self._calls_of(length)
+        if _mean_density(densities) >= NOTHING_DROPPED:  # no time on judging: no machine gains here
+            evidence = judge([x.evidence(w.kind) for w, x in zip(choosers, points[most], strict=True)],
+                             self.max_error, self.check_loss)
+            return self._gate(length, Budget(most), {}, evidence, densities, False, {},
+                              "next to nothing can be dropped: not judged on held-out documents")
+        if gain(calls, densities, _budgets(calls, Budget(most), {})) < LEAST_GAIN:  # other machines may: one rung
+            plain = _Choice(Budget(_rounded(tolerance)), {}, {})
+            return self._judge(length, plain, (LADDERS[0][-1:], *LADDERS[1:]))
+        return self._judge(length, self._vary(length, points, nearest, tolerance, steepness), LADDERS)
+
+    def _walk(self, length: _Length, choosers: Sequence[Window]) -> dict[float, list[Result]]:
+        """Results of every chooser at the grid points around the tolerance where the mean error meets max_error."""
+        def run(window: Window, places: Iterable[int]) -> list[Result]:
+            return self.runs.results(window, [self._trial(length, Budget(GRID[i])) for i in places])
+
+        self.tell.step("looking for the tolerance")
+        start = next((b.gates[0].budget.tolerance for b in reversed(self.decided) if b.gates[0].passed), None)
+        place = min(range(1, len(GRID) - 1), key=lambda i: abs(log(GRID[i] / (start or DEFAULT_TOLERANCE))))
+        errors: dict[int, float] = {}
+        wanted = [place - 1, place, place + 1]
+        while wanted:  # until one point is below max_error and the next above, or the grid ends
+            errors |= {i: x.error for i, x in zip(wanted, run(choosers[0], wanted), strict=True)}
+            self.tell.step("looking for the tolerance", 1 + len(wanted))
+            low, high = min(errors), max(errors)
+            wanted = ([i for i in (high + 1, high + 2) if i < len(GRID)] if errors[high] <= self.max_error else
+                      [i for i in (low - 2, low - 1) if i >= 0] if errors[low] > self.max_error else [])
+        place = max((i for i, error in errors.items() if error <= self.max_error), default=0)
+        places = [place, place + 1] if place + 1 < len(GRID) else [place - 1, place]
+        while True:
+            found: dict[int, list[Result]] = {i: [] for i in places}
+            for number, window in enumerate(choosers, start=1):
+                for i, result in zip(places, run(window, places), strict=True):
+                    found[i].append(result)
+                self.tell.step(f"choosing, document {number} of {len(choosers)}", 1 + len(places))
+            means = {i: _mean_error(results) for i, results in found.items()}
+            if means[places[-1]] < self.max_error and places[-1] + 1 < len(GRID):
+                places = [*places, places[-1] + 1]
+            elif means[places[0]] > self.max_error and places[0] > 0:
+                places = [places[0] - 1, *places]
+            else:
+                return {GRID[i]: results for i, results in found.items()}
+
+    def _vary(self, length: _Length, points: Mapping[float, list[Result]], at: float, tolerance: float,
+              steepness: float) -> _Choice:
+        """The variant with the least error at equal time, if documents that proposed none confirm it."""
+        plain = _Choice(Budget(_rounded(tolerance)), {}, {})
+        choosers = length.shares.choosers
+        proposers, confirmers = range(len(choosers) // 2), range(len(choosers) // 2, len(choosers))
+        others = sorted((known for known in points if known != at), key=lambda known: abs(log(known / at)))
+        if len(choosers) < 2 * LEAST_CHOOSERS or not others:
+            return plain
+        windows = [choosers[i] for i in confirmers]
+        calls = self._calls_of(length)
+
+        def errors(results: Sequence[Result]) -> list[float]:
+            return [log(max(x.error, TINY)) for x in results]
+
+        def seconds(results: Sequence[Result], budget: Budget, sites: Mapping[int, Budget]) -> float:
+            return 1 - gain(calls, _mean_densities(results), _budgets(calls, budget, sites))
+
+        base, other = ([points[known][i] for i in confirmers] for known in (at, others[0]))
+        base_time, other_time = seconds(base, Budget(at), {}), seconds(other, Budget(others[0]), {})
+        rise = statistics.fmean(errors(other)) - statistics.fmean(errors(base))
+        slope = rise / (other_time - base_time) if other_time != base_time else 0.0
+        if not slope < 0 or _mean_error(base) < LEAST_ERROR * self.max_error:
+            return plain  # more time does not mean less error here, or there is none: nothing to compare at
+        proposed = self._proposals(calls, _mean_densities([points[at][i] for i in proposers]), at)
+        if not proposed:
+            return plain
+        trials = [self._trial(length, *x) for x in proposed.values()]
+        results = [self.runs.results(window, trials) for window in windows]
+        self.tell.step("trying variants", len(windows) * (1 + len(proposed)))
+        tried, best, choice = {}, 0.0, plain
+        for place, (name, (budget, sites)) in enumerate(proposed.items()):
+            mine = [per_window[place] for per_window in results]
+            time = seconds(mine, budget, sites)
+            ratios = [ours - (plain_error + slope * (time - base_time))
+                      for ours, plain_error in zip(errors(mine), errors(base), strict=True)]
+            mean = statistics.fmean(ratios)
+            tried[name] = float(f"{exp(mean):.3g}")
+            if mean > log(CLEARLY_WORSE):
+                self.lost.add(name)  # longer lengths are dear, and what loses here has not been seen to win there
+            is_near = abs(time - base_time) <= 2 * abs(other_time - base_time)  # else its time is extrapolated to
+            if is_near and mean < min(best, log(LEAST_IMPROVEMENT)) and upper_bound(ratios) < 0:
+                shift = (statistics.fmean(errors(base)) - statistics.fmean(errors(mine))) / steepness
+                shift = max(-MOST_SHIFT, min(MOST_SHIFT, shift))
+                best = mean
+                choice = _Choice(replace(budget, tolerance=_rounded(min(GRID[-1], tolerance * exp(shift)))), sites, {})
+        return replace(choice, tried=tried)
+
+    def _proposals(self, calls: Sequence[Any], densities: Mapping[int, float],
+                   tolerance: float) -> dict[str, tuple[Budget, Mapping[int, Budget]]]:
+        """Variants by name. A site that gains nothing here may as well be dense, and spend no error."""
+        budget, dense = Budget(tolerance), Budget.dense()
+        found: dict[str, tuple[Budget, Mapping[int, Budget]]] = {
+            f"singles {m}": (replace(budget, singles=m), {}) for m in VARIANT_SINGLES}
+        found["local 2"] = replace(budget, local=2), {}
+        sites = sorted({call.site for call in calls})
+        found["first site dense"] = budget, {sites[0]: dense}
+        idle = [site for site in sites
+                if gain([call for call in calls if call.site == site], densities, {site: budget}) < LEAST_GAIN]
+        if 0 < len(idle) < len(sites) and idle != [sites[0]]:
+            found["sites without gain dense"] = budget, dict.fromkeys(idle, dense)
+        return {name: x for name, x in found.items() if name not in self.lost and (len(sites) > 1 or not x[1])}
+
+    def _judge(self, length: _Length, choice: _Choice, ladders: Sequence[Sequence[float]]) -> Gate:
+        """Held-out documents decide: the largest tolerance that passes, and with it all smaller ones tried."""
+        judges, tolerance = length.shares.judges, choice.budget.tolerance or 0.0
+        last: tuple[Budget, Judgement, dict[int, float]] | None = None
+        for ladder in ladders:
+            rungs = [replace(choice.budget, tolerance=_rounded(tolerance * factor)) for factor in reversed(ladder)]
+            by_window = []
+            for number, window in enumerate(judges, start=1):
+                by_window.append(self.runs.results(window, [self._trial(length, x, choice.sites) for x in rungs]))
+                self.tell.step(f"judging, held-out document {number} of {len(judges)}", 1 + len(rungs))
+            for place, budget in enumerate(rungs):  # the safe end first
+                results = [found[place] for found in by_window]
+                verdict = judge([x.evidence(w.kind) for w, x in zip(judges, results, strict=True)], self.max_error,
+                                self.check_loss)
+                if last is not None and last[1].passed and not verdict.passed:
+                    break
+                last = budget, verdict, _mean_densities(results)
+                if not verdict.passed:
+                    break
+            if last is not None and last[1].passed:
+                break
+        assert last is not None  # ladders have rungs
+        budget, verdict, densities = last
+        note = ""
+        if verdict.passed:
+            capped, note = self._holds_below(length, budget, choice.sites)
+            if capped != budget:  # more exact: it passes all the more
+                results = [self.runs.results(x, [self._trial(length, capped, choice.sites)])[0] for x in judges]
+                budget, densities = capped, _mean_densities(results)
+                verdict = judge([x.evidence(w.kind) for w, x in zip(judges, results, strict=True)], self.max_error,
+                                self.check_loss)
+        return self._gate(length, budget, choice.sites, verdict, densities, verdict.passed, choice.tried, note)
+
+    def _holds_below(self, length: _Length, budget: Budget, sites: Mapping[int, Budget]) -> tuple[Budget, str]:
+        """The budget, or the shorter length's tolerance where that is smaller and the bucket's short end needs it.
+
+        Error falls with the length at one tolerance, so what passed at the long end holds at the short one; where the
+        next shorter length had to be more exact, held-out windows of the short end decide.
+        """
+        before = self.decided[-1].gates[0] if self.decided else None
+        least = (before.budget.tolerance or 0.0) if before is not None and before.length == length.lo - 1 else inf
+        if least >= (budget.tolerance or 0.0):
+            return budget, ""
+        judges = [] if length.shares.judges[0].ids is None else windows_of(self.documents, self.held, length.lo).judges
+        trial = self._trial(length, budget, sites)
+        evidence = [self.runs.results(x, [trial])[0].evidence(x.kind) for x in judges[:len(length.shares.judges)]]
+        self.tell.step("judging the short end of the bucket", 2 * len(evidence))
+        if len(evidence) >= LEAST_JUDGES and judge(evidence, self.max_error, self.check_loss).passed:
+            return budget, f"; held at {length.lo} keys too"
+        return replace(budget, tolerance=least), f"; {before.length if before else 0} keys need it as exact"
+
+    def _gate(self, length: _Length, budget: Budget, sites: Mapping[int, Budget], verdict: Judgement,
+              densities: Mapping[int, float], passed: bool, tried: Mapping[str, float], note: str) -> Gate:
+        calls = self._calls_of(length)
+        saved = gain(calls, densities, _budgets(calls, budget, sites))
+        notes = [*verdict.failures, note.removeprefix("; ")]
+        if verdict.documents < FEW_DOCUMENTS:
+            notes.append(f"{verdict.documents} documents make a wide bound")
+        if tried:
+            notes.append("error at equal time: " + ", ".join(f"{name} {ratio:g}x" for name, ratio in tried.items()))
+        inside = {call.site for call in calls}
+        why = "; ".join(filter(None, notes))
+        densities = {site: float(f"{x:.6g}") for site, x in sorted(densities.items()) if site in inside}
+        return Gate(
+            length=length.length, budget=budget, passed=passed, documents=verdict.documents, mean=verdict.mean,
+            upper=verdict.upper if verdict.upper < inf else 1e300, density=_mean_density(densities), gain=saved,
+            timed=all(call.times or call.small for call in calls), why=why, sites=dict(sites), rise=verdict.rise,
+            rise_upper=verdict.rise_upper, kinds={k: x for k, x in verdict.kinds.items() if k}, densities=densities)
+
+    def _calls_of(self, length: _Length) -> list[Any]:
+        """The calls whose key length is in this bucket."""
+        return [x for x in self.runs.calls(length.shares.choosers[0]) if length.lo <= x.kv_len <= length.length]
+
+    def _summary(self, lengths: Sequence[_Length]) -> dict[str, Any]:
+        kinds: dict[str, int] = {}
+        for document in self.documents:
+            kinds[document.kind] = kinds.get(document.kind, 0) + 1
+        return {
+            "metric": NAMES[self.facts.metric], "max_error": self.max_error, "confidence": CONFIDENCE,
+            "bound": "one-sided, Student's t over documents, each bucket by itself", "holdout": self.holdout,
+            "documents": kinds, "texts": len({x.source for x in self.documents}),
+            "judges": {str(x.length): len(x.shares.judges) for x in lengths},
+            "samples": digest(sorted(x.name for x in self.documents))[:12],
+        }
+
+
+def _budgets_of(bucket: Bucket) -> list[Budget]:
+    """The budget of a bucket, and those of its sites by index."""
+    return [bucket.budget, *(budget for _, budget in sorted(bucket.sites.items()))]
+
+
+def _settings(model: nn.Module, metric: Metric, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What every result depends on, beside window and budget."""
+    code = getattr(metric, "__code__", None)
+    name = metric if isinstance(metric, str) else [
+        getattr(metric, "__module__", ""), getattr(metric, "__qualname__", type(metric).__name__),
+        code.co_code.hex() if code is not None else ""]
+    return {"model": _weights_hash(model), "metric": name, **fingerprint(device, dtype)}
+
+
+def _weights_hash(model: nn.Module) -> str:
+    """Of class, names, shapes and some values of every parameter and buffer: enough to tell a fine-tuned model."""
+    state = hashlib.sha256(repr(type(model)).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        flat = tensor.detach().flatten()
+        some = flat[::max(1, flat.numel() // 256)].cpu()
+        state.update(f"{name} {list(tensor.shape)} {tensor.dtype} {some.tolist()}".encode())
+    return state.hexdigest()[:32]
+
+
+def _check(model: nn.Module, max_error: float, metric: Metric, lengths: Sequence[int] | None,
+           holdout: float) -> tuple[torch.device, torch.dtype]:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}. Give an nn.Module.")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ModelError("model was wrapped by torch.compile already. Give the module inside: model._orig_mod.")
+    if model.training:
+        raise ModelError("model is in training mode, where dropout would count as an error. Call model.eval() first.")
+    if metric not in ("kl", "loss") and not callable(metric):
+        raise OptionError(f"metric is {metric!r}. Give 'kl', 'loss' or a callable (dense output, sparse output) -> "
+                          "float.")
+    if not 0 < max_error < inf:
+        raise OptionError(f"max_error is {max_error}. Give a number above 0, in units of the metric.")
+    if not 0 < holdout < 1:
+        raise OptionError(f"holdout is {holdout}. It is a share of the documents: give a number between 0 and 1.")
+    if lengths is not None and (not lengths or min(lengths) < 1):
+        raise OptionError(f"lengths is {list(lengths)}. Give at least one length, each at least 1.")
+    places = {x.device for x in [*model.parameters(), *model.buffers()]}
+    if len(places) > 1:
+        raise DeviceError(f"model is on {', '.join(sorted(map(str, places)))}. Move it to one device with model.to.")
+    device, dtype = device_and_dtype(model)
+    if device.type not in LENGTHS:
+        raise DeviceError(f"model is on {device}. There are kernels for: {', '.join(LENGTHS)}. Move the model, for "
+                          "example with model.to('cpu').")
+    check_compiler(device)
+    return device, dtype
+
+
+def _lengths(lengths: Sequence[int] | None, model: nn.Module, device: torch.device) -> list[int]:
+    if lengths is None:
+        return default_lengths(model, device)
+    most = _positions(model)
+    if max(lengths) > most:
+        raise OptionError(f"lengths holds {max(lengths)} and the model has {most} positions. Give lengths up to "
+                          f"{most}.")
+    return sorted(set(lengths))
+
+
+def _positions(model: nn.Module) -> float:
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None) or inf
+
+
+def _encoder(model: nn.Module, tokenizer: Any) -> Callable[[str], Tensor]:
+    found: list[Any] = [tokenizer] if tokenizer is not None else []
+
+    def encode_text(text: str) -> Tensor:
+        if not found:
+            found.append(tokenizer_of(model))
+        return encode(text, found[0])
+
+    return encode_text
+
+
+def _most(device: torch.device, share: str, length: int) -> int:
+    """Documents that a share of a length runs on, at most."""
+    least, most = DOCUMENTS[device.type][share]
+    return max(least, min(most, TOKENS[device.type][share] // length))
+
+
+def _mean_error(results: Sequence[Result]) -> float:
+    return statistics.fmean(x.error for x in results)
+
+
+def _mean_densities(results: Sequence[Result]) -> dict[int, float]:
+    """Mean by site over windows."""
+    sites = sorted({site for x in results for site in x.densities})
+    return {site: statistics.fmean(x.densities[site] for x in results if site in x.densities) for site in sites}
+
+
+def _mean_density(densities: Mapping[int, float]) -> float:
+    return statistics.fmean(densities.values()) if densities else 1.0
+
+
+def _scatter(points: Mapping[float, list[Result]], max_error: float) -> float:
+    """Standard deviation over mean between documents, at the tolerance whose error is nearest to max_error."""
+    results = min(points.values(), key=lambda known: abs(log(max(_mean_error(known), TINY) / max_error)))
+    mean = _mean_error(results)
+    if len(results) < 3 or mean <= TINY:
+        return SCATTER
+    return min(2.0, max(0.1, statistics.stdev(x.error for x in results) / mean))
+
+
+def _solve(points: Mapping[float, list[Result]], target: float) -> tuple[float, float]:
+    """Where the mean error meets the target, by the two points around it, and how steep it is there (log over log)."""
+    known = sorted((tolerance, max(_mean_error(results), TINY)) for tolerance, results in points.items())
+    upper = next((i for i, (_, error) in enumerate(known) if error > target), len(known))
+    pair = known[max(0, min(upper, len(known) - 1) - 1):][:2]
+    steepness = STEEPNESS
+    if len(pair) == 2 and pair[1][1] > pair[0][1] > TINY:
+        steepness = min(4.0, max(0.5, log(pair[1][1] / pair[0][1]) / log(pair[1][0] / pair[0][0])))
+    if upper == len(known):
+        return known[-1][0], steepness  # the largest of the grid: nothing is extrapolated up
+    if upper == 0:
+        return known[0][0] * (target / known[0][1]) ** (1 / steepness), steepness
+    (low, least), (high, most) = known[upper - 1:upper + 1]
+    return low * (high / low) ** (log(target / least) / log(most / least)), steepness
+
+
+def _rounded(tolerance: float) -> float:
+    return min(1.0, float(f"{tolerance:.3g}"))
+
+
+def _budgets(calls: Sequence[Any], budget: Budget, sites: Mapping[int, Budget]) -> dict[int, Budget]:
+    return {call.site: sites.get(call.site, budget) for call in calls}
