@@ -409,11 +409,12 @@ SHARP = Plan((Bucket(1, None, Budget(1.0, sinks=0, local=0)),))
 """Keeps the diagonal, and what else it must."""
 
 
-def test_protected_keys_are_kept_by_callable_and_by_call():
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_protected_keys_are_kept_by_callable_and_by_call(inner):
     model = Attention().eval()
     x = torch.randn(2, 700, 16)
     exact = model(x)
-    sparsify.compile(model, SHARP, backend="eager", protect=lambda x: torch.zeros(x.shape[:2], dtype=torch.bool))
+    sparsify.compile(model, SHARP, backend=inner, protect=lambda x: torch.zeros(x.shape[:2], dtype=torch.bool))
     dropped = model(x)  # the twin: a mask of nothing protects nothing
     assert (dropped - exact).abs().max() > 1e-3
     torch.testing.assert_close(model(x, protect=torch.ones(1, 700, dtype=torch.bool)), exact)

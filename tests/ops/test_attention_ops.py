@@ -134,8 +134,7 @@ def test_shifts_lower_the_tolerance_head_by_head(case):
         alone = ops.select_blocks(*case.qkv[:2], *case.arguments, 0.3 * shift, *BUDGET.values())
         assert torch.equal(kept[:, head], alone[0][:, head]) and torch.equal(counts[:, head], alone[1][:, head])
     lists = KeptLists(kept, counts)
-    out = ops.adaptive_attention(*case.qkv, *case.arguments, 0.3, *BUDGET.values(), 0, ops.VERSION,
-                                 shifts=shifts)
+    out = ops.adaptive_attention(*case.qkv, *case.arguments, 0.3, *BUDGET.values(), 0, ops.VERSION, shifts=shifts)
     assert torch.equal(out, ops.block_sparse_attention(*case.qkv, *lists, *case.arguments)[0])
 
 
