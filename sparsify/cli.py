@@ -224,7 +224,7 @@ def calibrate(
     import torch
 
     from sparsify.calibration import calibrate as calibrate_model
-    from sparsify.calibration.search import default_lengths
+    from sparsify.calibration.request import default_lengths
     from sparsify.calibration.texts import read_samples
     from sparsify.models.loading import HELDOUT_TEXT
 
@@ -270,7 +270,7 @@ def check(
     import torch
 
     from sparsify.calibration.buckets import remeasure
-    from sparsify.calibration.search import fingerprint
+    from sparsify.calibration.request import fingerprint
     from sparsify.difference import differences
 
     here = fingerprint(torch.device(place), _find_dtype(dtype, place))

@@ -96,7 +96,7 @@ def test_a_calibrated_plan_gives_a_guarantee(calibrated, documents):
 
 
 def test_too_few_documents_give_a_plan_without_a_guarantee(calibrated, documents, monkeypatch):
-    monkeypatch.setattr("sparsify.calibration.search.LEAST_DOCUMENTS", 50)
+    monkeypatch.setattr("sparsify.calibration.promises.LEAST_DOCUMENTS", 50)
     lines = []
     plan = calibrate(soft_model(), documents, out=calibrated[1].with_name("few.json"), progress=lines.append,
                      lengths=LENGTHS[1:])
