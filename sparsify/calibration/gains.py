@@ -44,10 +44,12 @@ class SiteCall:
         """Time over that of dense attention."""
         if budget.is_dense or self.small:
             return 1.0
-        known = self.times.get(budget.singles)
-        measured = None if known is None else known.relative(density)
-        # A summary is `singles` vectors and two more.
-        return UNMEASURED * (budget.singles + 2) / (Budget.singles + 2) + density if measured is None else measured
+        # More vectors never cost less: noise in the times must not say so.
+        found = [times.relative(density) for singles, times in self.times.items() if singles <= budget.singles]
+        measured = [time for time in found if time is not None]
+        if budget.singles in self.times and measured:
+            return max(measured)
+        return UNMEASURED * (budget.singles + 2) / (Budget.singles + 2) + density  # a summary: `singles` vectors and two
 
     def to_dict(self) -> dict[str, Any]:
         return {"site": self.site, "kv_len": self.kv_len, "weight": self.weight, "small": self.small,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,6 +166,12 @@ def test_a_gain_counts_sites_by_what_they_cost():
     assert gain(calls, densities, {0: Budget.dense(), 1: budget, 2: budget}) == pytest.approx(1 - (3 + 0.3 + 1) / 5)
     assert [SiteCall.from_dict(json.loads(json.dumps(call.to_dict()))) for call in calls] == [
         SiteCall.from_dict(call.to_dict()) for call in calls]
+
+
+def test_more_singles_never_seem_to_cost_less():
+    noisy = replace(TIMES, singles=12, selection=Time(0.02, 0.0))
+    call = SiteCall(0, 1024, 1.0, False, {6: TIMES, 12: noisy})
+    assert call.relative(0.5, Budget(0.1, singles=12)) == call.relative(0.5, Budget(0.1)) == pytest.approx(0.6)
 
 
 def test_without_times_a_density_is_taken_for_the_time_and_selection_for_its_vectors():
