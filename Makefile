@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: bench bench-gpu sanitize test test-slow test-gpu lint clean help
+.PHONY: bench bench-gpu bench-thesis sanitize test test-slow test-gpu lint clean help
 
 help:
 	@echo "make bench      measure the shipped model before and after: report.json, report.md"
 	@echo "make bench-gpu  every kernel benchmark that needs a CUDA device, about 20 minutes: benchmarks/results"
+	@echo "make bench-thesis  the thesis on the shipped model, and on SPARSIFY_SMOLLM2 if set: minutes on a GPU, hours without"
 	@echo "make sanitize   compute-sanitizer over a small suite of the kernel tests, on a CUDA device"
 	@echo "make test       the tests that need neither a GPU nor minutes"
 	@echo "make test-slow  the tests that take minutes"
@@ -24,6 +25,10 @@ bench-gpu: $(READY)
 	@$(BIN)/python -m benchmarks.crossover
 	@$(BIN)/python -m benchmarks.graphs
 	@$(BIN)/python -m benchmarks.profile_call
+
+bench-thesis: $(READY)
+	@$(BIN)/python -m benchmarks.thesis all
+	@if [ -n "$$SPARSIFY_SMOLLM2" ]; then $(BIN)/python -m benchmarks.thesis all --model "$$SPARSIFY_SMOLLM2"; fi
 
 sanitize: $(READY)
 	@$(BIN)/python -m benchmarks.sanitize

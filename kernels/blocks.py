@@ -10,6 +10,8 @@ Four sets, as bool tensors [B or 1, query blocks, key blocks]:
     boundary        cut by the causal edge
     forced          always kept: sinks, boundary, and `local` blocks before the boundary
 
+Blocks of protected keys (`protected_blocks`) are kept too, by every query block that they are allowed to.
+
 Kept lists are what selection hands to attention (see `KeptLists`).
 """
 
@@ -158,6 +160,12 @@ def forced_blocks(allowed: Tensor, boundary: Tensor, sinks: int, local: int) -> 
         before_boundary = before_boundary | torch.nn.functional.pad(before_boundary[:, 1:], (0, 1))
     has_boundary = boundary.any(-1, keepdim=True)
     return first | (allowed & before_boundary & has_boundary)
+
+
+def protected_blocks(protected: Tensor) -> Tensor:
+    """Key blocks with a protected key: bool [B or 1, key blocks] of bool [B or 1, kv_len]."""
+    padded = torch.nn.functional.pad(protected, (0, -protected.shape[1] % KEY_BLOCK))
+    return padded.view(len(padded), -1, KEY_BLOCK).any(-1)
 
 
 def _block_starts(q_len: int, kv_len: int, device: torch.device) -> tuple[Tensor, Tensor]:

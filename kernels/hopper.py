@@ -51,7 +51,7 @@ from sparsify.kernels.scores import LOG2_E, score_arguments
 
 STAGES = 2  # K and V tiles in flight; a third changed nothing (-6 .. +4 %, noise) and would need O to share Q's room
 LEVELS = 256  # list lengths the queue tells apart
-QUEUE_CHUNK = 1024  # rows the queue sorts at once
+QUEUE_CHUNK = 2048  # rows the queue sorts at once
 # 168 registers x 384 threads are the register file. The loader's group gives most of its share to the two warpgroups,
 # which then hold scores, weights and output (160 registers) without a spill. 24 for the loader spill.
 REGISTERS = 168
@@ -667,7 +667,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     queue = torch.empty(blocks, dtype=torch.int64, device=q.device)
     cursors = torch.empty(LEVELS + 1, dtype=torch.int32, device=q.device)
     _fill_queue[(1,)](counts, queue, cursors, blocks, pair_capacity, LEVELS=LEVELS, CHUNK=QUEUE_CHUNK,
-                      TILE=kind.tile, num_warps=8)
+                      TILE=kind.tile, num_warps=16)
     row_documents, key_documents = extras[1:3] if kind.documents else (None, None)  # dense, unlike those of `masks`
     # A list may hold two padding ids: two blocks past the end.
     key_facts, stride_key_facts = _facts(masks.key_mask, key_documents, S, KEY_BLOCK, count_blocks(S, KEY_BLOCK) + TILE,

@@ -65,6 +65,15 @@ class Masks:
             mask = mask[:, :, rows]
         return replace(self, causal_offset=offset, query_documents=documents, attn_mask=mask)
 
+    def of_keys(self, count: int) -> "Masks":
+        """The same masks over the first `count` keys."""
+        keys = slice(0, count)
+        shown, documents = (None if x is None else x[:, keys] for x in (self.key_mask, self.key_documents))
+        mask = self.attn_mask
+        if mask is not None and mask.shape[3] > 1:
+            mask = mask[..., keys]
+        return replace(self, key_mask=shown, key_documents=documents, attn_mask=mask)
+
     def of_batch(self, batch: int) -> "Masks":
         """The same masks for one batch row alone."""
         def one(x: Tensor | None) -> Tensor | None:

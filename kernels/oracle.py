@@ -8,6 +8,7 @@ cumulant with freezing is the random-energy estimate of a mean of exponentials (
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sparsify.kernels.blocks import (
     block_bias,
     count_blocks,
     cut_blocks,
+    protected_blocks,
 )
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.rule import choose_blocks
@@ -144,11 +146,13 @@ def peaks(shares: Tensor) -> Tensor:
 
 
 def select_blocks(q: Tensor, k: Tensor, *, scale: float, tolerance: float, max_density: float, sinks: int, local: int,
-                  singles: int, **masks: Any) -> KeptLists:
-    """Selection by its definition: estimated shares, peaks, the rule, lists."""
+                  singles: int, shifts: Sequence[float] | None = None, protected: Tensor | None = None,
+                  **masks: Any) -> KeptLists:
+    """Selection by its definition: estimated shares, peaks, the rule, lists. `protected` is bool [B or 1, kv_len]."""
     shares = estimated_shares(q, k, singles=singles, scale=scale, **masks)
     return choose_blocks(peaks(shares), q_len=q.shape[2], kv_len=k.shape[2], tolerance=tolerance,
-                         max_density=max_density, sinks=sinks, local=local, masks=Masks(**masks))
+                         max_density=max_density, sinks=sinks, local=local, masks=Masks(**masks), shifts=shifts,
+                         protected=None if protected is None else protected_blocks(protected))
 
 
 def exact_block_mass(q: Tensor, k: Tensor, scale: float, masks: Masks) -> Tensor:

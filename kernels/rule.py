@@ -3,9 +3,13 @@
     peaks      [B, H, query blocks, key blocks]: largest share that any row of a query block gives a key block
     masks      see kernels/masks.py; what they hide is not allowed, and the causal edge is always kept
     tolerance  a block is kept where its peak reaches it; `max_density`, `sinks`, `local` as in `sparsify.Budget`
+    shifts     a factor per query head on the tolerance, 0 to 1; None: 1 for all. A head of 0 keeps everything
+    protected  bool [B or 1, key blocks]: blocks that every query block keeps where they are allowed, or None
 
 Source: absolute tolerance on row peaks, this project's own (ARCHITECTURE.md, "Peaks under one absolute tolerance").
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,21 +19,27 @@ from sparsify.kernels.masks import Masks
 
 
 def choose_blocks(peaks: Tensor, *, q_len: int, kv_len: int, tolerance: float, max_density: float, sinks: int,
-                  local: int, masks: Masks) -> KeptLists:
+                  local: int, masks: Masks, shifts: Sequence[float] | None = None,
+                  protected: Tensor | None = None) -> KeptLists:
     """From peaks to kept lists: the rule, then lists."""
     kept = keep(peaks, q_len=q_len, kv_len=kv_len, tolerance=tolerance, max_density=max_density, sinks=sinks,
-                local=local, masks=masks)
+                local=local, masks=masks, shifts=shifts, protected=protected)
     return pack(kept, peaks, allowed_blocks(masks, q_len, kv_len, peaks.device))
 
 
 def keep(peaks: Tensor, *, q_len: int, kv_len: int, tolerance: float, max_density: float, sinks: int, local: int,
-         masks: Masks) -> Tensor:
+         masks: Masks, shifts: Sequence[float] | None = None, protected: Tensor | None = None) -> Tensor:
     """The rule: bool, shaped as `peaks`. Before lists are evened out."""
     allowed = allowed_blocks(masks, q_len, kv_len, peaks.device)
     boundary = boundary_blocks(q_len, kv_len, masks.causal_offset, peaks.device)
     forced = forced_blocks(allowed, boundary, sinks, local)[:, None]
+    if protected is not None:
+        forced = forced | protected[:, None, None]
+    threshold = torch.full((), tolerance, dtype=peaks.dtype, device=peaks.device)
+    if shifts is not None:
+        threshold = (threshold * torch.tensor(shifts, dtype=peaks.dtype, device=peaks.device))[:, None, None]
     allowed = allowed[:, None].expand_as(peaks)
-    kept = allowed & (forced | (peaks >= tolerance))
+    kept = allowed & (forced | (peaks >= threshold))
     nearly_all = kept.sum(-1, keepdim=True) > max_density * allowed.sum(-1, keepdim=True)
     return kept | (allowed & nearly_all)
 

@@ -21,6 +21,7 @@ Source: this project's own (ARCHITECTURE.md, "selection"): absolute tolerance on
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from sparsify.kernels.blocks import (
     block_kinds,
     capacity,
     count_blocks,
+    visible_keys,
 )
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E, cap_scores, finish_scores, first_peak, read_documents, score_arguments
@@ -326,10 +328,11 @@ def _estimate_masked_peaks(q, k, key_mask, kinds, bias, singles, mean, variance,
 
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "list_capacity", "H", "L", "offset", "sinks", "local",
                                "tolerance", "max_density"])
-def _pack_lists(peaks, single_count, rest_count, kinds, kept, counts, stride_count_batch, stride_kinds_batch,
-                query_blocks, key_blocks, list_capacity, H, L, offset, tolerance, max_density, sinks, local,
+def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts, stride_count_batch,
+                stride_kinds_batch, stride_protected_batch, query_blocks, key_blocks, list_capacity, H, L, offset,
+                tolerance, shifts, max_density, sinks, local,
                 ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr,
-                HAS_KEY_MASK: tl.constexpr):
+                HAS_KEY_MASK: tl.constexpr, SHIFTS: tl.constexpr, PROTECTED: tl.constexpr):
     row = tl.program_id(0)
     query_block = row % query_blocks
     batch = row // query_blocks // H
@@ -352,6 +355,14 @@ def _pack_lists(peaks, single_count, rest_count, kinds, kept, counts, stride_cou
     sink = tl.cumsum(allowed.to(tl.int32), 0) <= sinks
     near = (blocks >= boundary - local) & (boundary < key_blocks)
     forced = sink | near
+    if PROTECTED:
+        forced |= tl.load(protected + batch.to(tl.int64) * stride_protected_batch + blocks, inside, other=0) != 0
+    if SHIFTS > 0:  # numbers of the launch, not of memory: no copy to the device, so graphs capture it as it is
+        head = row // query_blocks % H
+        shift = 1.0
+        for i in tl.static_range(SHIFTS):
+            shift = tl.where(head == i, shifts[i], shift)
+        tolerance = tolerance * shift
     keep = allowed & (forced | (peak >= tolerance))
     most = max_density * tl.sum(allowed.to(tl.int32), 0).to(tl.float32)
     threshold = tl.where(tl.sum(keep.to(tl.int32), 0).to(tl.float32) > most, 0.0, tolerance)
@@ -376,8 +387,9 @@ def _pack_lists(peaks, single_count, rest_count, kinds, kept, counts, stride_cou
 
 
 def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance: float, max_density: float, sinks: int,
-                  local: int, singles: int) -> KeptLists:
-    """Summaries, peaks, kept lists; arguments as above and in `sparsify.plan.Budget`."""
+                  local: int, singles: int, shifts: Sequence[float] | None = None,
+                  protected: Tensor | None = None) -> KeptLists:
+    """Summaries, peaks, kept lists; arguments as above, in `sparsify.plan.Budget` and in kernels/rule.py."""
     B, H, L, _ = q.shape
     S = k.shape[2]
     kinds = single_count = rest_count = None
@@ -386,6 +398,9 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
         from sparsify.kernels import hopper_select  # Gluon: not for Triton's interpreter
 
         peaks = hopper_select.estimated_peaks(q, k, scale=scale, masks=masks, singles=singles)
+        if masks.key_mask is not None:
+            single_count = rest_count = visible_keys(masks.key_mask, S, q.device).int()
+            count_stride = single_count.stride(0) if len(single_count) > 1 else 0
     else:
         q, k = _fit(q), _fit(k)
         summaries = summarise_keys(k, singles, masks.key_mask)
@@ -396,10 +411,12 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
     kept = torch.empty(B, H, query_blocks, capacity(key_blocks), dtype=torch.int32, device=q.device)
     counts = torch.empty(B, H, query_blocks, dtype=torch.int32, device=q.device)
     _pack_lists[(counts.numel(),)](
-        peaks, single_count, rest_count, kinds, kept, counts, count_stride, _batch_stride(kinds), query_blocks,
-        key_blocks, kept.shape[3], H, L, _offset(masks.causal_offset, S), tolerance, max_density, sinks, local,
+        peaks, single_count, rest_count, kinds, protected, kept, counts, count_stride, _batch_stride(kinds),
+        _batch_stride(protected), query_blocks, key_blocks, kept.shape[3], H, L, _offset(masks.causal_offset, S),
+        tolerance, None if shifts is None else tuple(shifts), max_density, sinks, local,
         ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=triton.next_power_of_2(key_blocks), PLAIN=kinds is None,
-        HAS_KEY_MASK=masks.key_mask is not None, num_warps=PACK_WARPS)
+        HAS_KEY_MASK=masks.key_mask is not None, SHIFTS=0 if shifts is None else len(shifts),
+        PROTECTED=protected is not None, num_warps=PACK_WARPS)
     return KeptLists(kept, counts)
 
 
@@ -459,9 +476,9 @@ def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float,
     return peaks
 
 
-def _batch_stride(kinds: Tensor | None) -> int:
-    """From one batch's kinds to the next; 0 where all share one."""
-    return 0 if kinds is None or len(kinds) == 1 else kinds.stride(0)
+def _batch_stride(flags: Tensor | None) -> int:
+    """From one batch's flags to the next; 0 where all share one."""
+    return 0 if flags is None or len(flags) == 1 else flags.stride(0)
 
 
 def _fit(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import (
     statically_known_true,
 )
 
-from sparsify.passes.graph import expression, is_tensor, shape
+from sparsify.passes.graph import expression, is_tensor, same, shape
 from sparsify.passes.site import ChosenSite, ProvenSite, Refused
 from sparsify.plan import Bucket, Budget, Plan
 
@@ -45,7 +45,11 @@ def choose_budgets(sites: Sequence[ProvenSite | Refused], plan: Plan,
             continue
         buckets, how = _buckets_of(site.kv_len, plan, strict)
         bucket = min(buckets, key=lambda b: _exactness(b.budget_of(index)))
-        chosen.append(ChosenSite(site, proven.mask, bucket, bucket.budget_of(index), how))
+        budget = bucket.budget_of(index)
+        if budget.shifts is not None and not same(len(budget.shifts), site.heads):
+            how = f"{how}; the plan has shifts for {len(budget.shifts)} heads and this site has {site.heads}: exact"
+            budget = Budget.dense()
+        chosen.append(ChosenSite(site, proven.mask, bucket, budget, how))
     return chosen
 
 
@@ -89,4 +93,7 @@ def _buckets_of(length: Any, plan: Plan, strict: frozenset[sympy.Symbol]) -> tup
 
 def _exactness(budget: Budget) -> tuple[float, float]:
     """Sorts the most exact budget first."""
-    return (-1.0, 0.0) if budget.tolerance is None else (budget.tolerance, budget.max_density)
+    if budget.tolerance is None:
+        return -1.0, 0.0
+    shifts = budget.shifts or (1.0,)
+    return budget.tolerance * sum(shifts) / len(shifts), budget.max_density

@@ -62,6 +62,13 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     normal.meta.update(gm.meta)
     for old, new in zip(*(graph.find_nodes(op="placeholder") for graph in (gm.graph, normal.graph)), strict=True):
         new.meta["source"] = _source(old)
+        # AOTAutograd tells by these which inputs are static. CUDA graphs copy all others at every run: parameters, too.
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+        if "tensor_dict" in old.meta:
+            new.meta["tensor_dict"] = old.meta["tensor_dict"]
+    if hasattr(gm, "_param_name_to_source"):
+        normal._param_name_to_source = gm._param_name_to_source
     _forget_readers_of_metadata(normal.graph)
     _remove_dead_code(normal)
     _mark_requires_grad(normal, [isinstance(x, torch.Tensor) and x.requires_grad for x in fakes])

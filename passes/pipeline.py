@@ -9,24 +9,26 @@ from sparsify.passes.buffers import buffers_of
 from sparsify.passes.choose import all_symbols, choose_budgets, strict_symbols
 from sparsify.passes.find import find_attention
 from sparsify.passes.normalise import graphs, normalise
+from sparsify.passes.protect import INSIDE, NO_MASK, protect_sites, take_masks
 from sparsify.passes.prove import prove_masks
 from sparsify.passes.rewrite import rewrite_sites
 from sparsify.passes.site import SiteRecord
 from sparsify.plan import Plan
 
 
-def run(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
-        verify_masks: bool = False) -> tuple[fx.GraphModule, list[SiteRecord]]:
+def run(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, verify_masks: bool = False,
+        protects: bool = False) -> tuple[fx.GraphModule, list[SiteRecord]]:
     """Rewrite the attention of a Dynamo graph under `plan`: the new graph, and what became of each site.
 
-    `verify_masks`: ops in the graph compare every mask with its proof whenever it runs.
+    `verify_masks`: ops in the graph compare every mask with its proof whenever it runs. `protects`: keys are to be
+    protected, so a graph without a mask of them says so.
     """
     normal = normalise(gm, example_inputs)
-    return normal, rewrite(normal, plan, example_inputs, verify_masks)
+    return normal, rewrite(normal, plan, example_inputs, verify_masks, protects)
 
 
 def rewrite(gm: fx.GraphModule, plan: Plan, example_inputs: Sequence[Any] = (),
-            verify_masks: bool = False) -> list[SiteRecord]:
+            verify_masks: bool = False, protects: bool = False) -> list[SiteRecord]:
     """Rewrite a graph that `normalise` made, in place: what became of each site.
 
     The sites inside a higher-order op are numbered after those of the graph around it. With the inputs that Dynamo
@@ -37,9 +39,13 @@ def rewrite(gm: fx.GraphModule, plan: Plan, example_inputs: Sequence[Any] = (),
     strict = strict_symbols(gm, example_inputs) if guarded else all_symbols(gm)
     buffers = buffers_of(gm, example_inputs) if guarded else {}
     records: list[SiteRecord] = []
+    masks = take_masks(gm.graph)
     for graph in graphs(gm):
         found = find_attention(graph)
         proven = prove_masks(graph, found, buffers if graph is gm else {})
         chosen = choose_budgets(proven, plan, strict, len(records))
+        if protects or masks:
+            missing = NO_MASK if graph is gm else INSIDE
+            chosen = protect_sites(chosen, masks if graph is gm else (), missing, guarded and not strict)
         records += rewrite_sites(graph, chosen, len(records), verify_masks)
     return records

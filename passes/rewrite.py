@@ -90,7 +90,8 @@ class _Rewriter:
         else:
             op = self.replace(index, chosen)
         return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why, site.output.node.name,
-                          str(chosen.mask), str(chosen.bucket), str(chosen.budget), op, depends, *_sizes(site))
+                          str(chosen.mask), str(chosen.bucket), str(chosen.budget), op, depends, *_sizes(site),
+                          protection=chosen.protection)
 
     def replace(self, index: int, chosen: ChosenSite) -> str:
         """Put an op where the site's output was; its name."""
@@ -126,9 +127,11 @@ class _Rewriter:
                 if budget.is_dense:
                     new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
                 else:
+                    shifts = None if budget.shifts is None else list(budget.shifts)
+                    protected = chosen.protected and self.replaced.get(chosen.protected, chosen.protected)
                     new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
                                budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION,
-                               **({} if budget.peaks is None else {"peaks": budget.peaks}))
+                               *_trimmed((budget.peaks or 0.0, 0.0), (shifts, None), (protected, None)))
             new.meta = {**old.meta, "val": new.meta["val"]}
             made = self.gained(site, new, "output")
         self.replaced[old] = self.as_before(made, site)
@@ -268,6 +271,15 @@ class _Rewriter:
         with at.graph.inserting_before(at):
             return emit(at.graph, aten.full.default, [heads], sink, dtype=torch.float32,
                         device=value(site.query.node).device)
+
+
+def _trimmed(*arguments: tuple[Any, Any]) -> list[Any]:
+    """The last arguments of a call by position, each with its default, as far as they differ from that.
+
+    By position: behind a default that is left out, Inductor hands an argument to the one before it (torch 2.13).
+    """
+    last = max((i for i, (given, default) in enumerate(arguments, 1) if given != default), default=0)
+    return [given for given, _ in arguments[:last]]
 
 
 def _gains_nothing(chosen: ChosenSite) -> bool:

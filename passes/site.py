@@ -20,6 +20,9 @@ TRUE = sympy.true
 NEEDS_GRADIENTS = "gradients are needed and the ops have no backward; call the model under torch.no_grad()"
 """Why a site under enabled grad mode is refused."""
 
+KEPT = "protected keys are kept"
+"""What a record says of a site that keeps them."""
+
 Form = Literal["sdpa", "softmax chain", "exp chain", "flex_attention", "other"]
 Outcome = Literal["sparse", "exact", "kept dense", "refused"]
 
@@ -214,13 +217,19 @@ class ProvenSite:
 
 @dataclass(frozen=True)
 class ChosenSite:
-    """A proven site with the budget that holds in this graph, its bucket, and how the decision was made."""
+    """A proven site with the budget that holds in this graph, its bucket, and how the decision was made.
+
+    protected   bool [B or 1, kv_len]: keys whose blocks are kept; None: none
+    protection  what became of the wish to protect keys, in words; empty: nobody asked
+    """
 
     site: AttentionSite
     mask: MaskProof
     bucket: Bucket
     budget: Budget
     how: str
+    protected: fx.Node | None = None
+    protection: str = ""
 
 
 @dataclass(frozen=True)
@@ -231,6 +240,7 @@ class SiteRecord:
     op       what computes it now; empty if refused
     depends  the inputs that its masks and biases are made of
     heads    query heads, and so on; 0 where the graph does not say a number, or the site is refused
+    protection  whether protected keys are kept, and why not; empty: nobody asked, or nothing is dropped
     """
 
     index: int
@@ -249,6 +259,12 @@ class SiteRecord:
     kv_heads: int = 0
     head_dim: int = 0
     value_dim: int = 0
+    protection: str = ""
+
+    @property
+    def lacks_protection(self) -> bool:
+        """Whether this site was asked to keep protected keys and cannot."""
+        return bool(self.protection) and self.protection != KEPT
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -8,6 +8,7 @@
 
 import contextlib
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, TorchDynam
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from sparsify import passes
-from sparsify.errors import DeviceError, ModelError, OptionError, ShapeError, SparsifyError
+from sparsify.errors import DeviceError, ModelError, OptionError, PlanError, ShapeError, SparsifyError
 from sparsify.passes.site import NEEDS_GRADIENTS, SiteRecord
 from sparsify.plan import Plan, SiteShape, resolve_plan
 from sparsify.tracing import log, log_records, trace_graph, trace_records
@@ -34,11 +35,12 @@ GRAPHS_PER_BUCKET = 16
 
 PlanLike = Plan | Mapping[str, Any] | str | Path | None
 Compiler = Callable[..., Any]
+Protect = Callable[[torch.Tensor], torch.Tensor]
 
 
-def compile(model: Any, plan: PlanLike = None, *, dynamic: bool | None = None, fullgraph: bool = False,
-            mode: str | None = None, options: Mapping[str, Any] | None = None,
-            backend: str | Compiler = "inductor") -> Any:
+def compile(model: Any, plan: PlanLike = None, *, guarantee: float | None = None, protect: Protect | None = None,
+            dynamic: bool | None = None, fullgraph: bool = False, mode: str | None = None,
+            options: Mapping[str, Any] | None = None, backend: str | Compiler = "inductor") -> Any:
     """Compile `model` so that its attention follows `plan`.
 
     A module is compiled in place, as `nn.Module.compile` does it, and returned: `generate` and every other method that
@@ -46,64 +48,84 @@ def compile(model: Any, plan: PlanLike = None, *, dynamic: bool | None = None, f
     `torch.compile`. Copies and pickles of a compiled module are not compiled.
 
     plan      a Plan, a dict, the path of a plan file, or None for the default plan of the device
+    guarantee share of query blocks that must keep every key block with a peak, as 0.95: the plan's bounds turn it into
+              tolerances per head (`Plan.guaranteed`)
+    protect   called with the first tensor of each call, as a rule the token ids [batch, tokens]: gives a bool mask
+              [batch or 1, keys] of keys that no attention may lose. A call may bring its own:
+              `model(ids, protect=mask)`
     dynamic   None means True: a plan serves many lengths. False: one graph per length
     fullgraph, mode, options, backend   as in `torch.compile`; `backend` compiles the rewritten graph. `options` may
               hold one of ours: "verify_masks": True compares every mask with its proof in every call. That builds the
               masks, [q_len, kv_len] each, and waits for the device: it is for finding a wrong proof
 
+    Protected keys keep their key block, whole, for every head and every query that may see it, at every sparse site
+    that has as many keys as the mask; `explain` names sites that do not, and a warning says so once. What the queries
+    of protected tokens see is chosen as for all others.
+
     Raises PlanError, OptionError, ModelError, DeviceError, each before the model is touched. The compiled model raises
-    ShapeError for an empty sequence, MaskError where `verify_masks` finds a wrong proof, and PlanError where the plan
-    was calibrated on another graph.
+    ShapeError for an empty sequence or a mask of protected keys that is none, MaskError where `verify_masks` finds a
+    wrong proof, and PlanError where the plan was calibrated on another graph.
     """
     options, verify_masks = _take_verify_masks(options)
-    compiler = Backend(_load_plan(plan), *_check_inner(backend, mode, options), verify_masks)
+    if protect is not None and not callable(protect):
+        raise OptionError(f"protect is a {type(protect).__name__}. Give a function from token ids to a bool mask; a "
+                          "mask itself goes into the call: model(ids, protect=mask).")
+    compiler = Backend(_load_plan(plan, guarantee), *_check_inner(backend, mode, options), verify_masks, protect)
     dynamic = True if dynamic is None else dynamic
     if isinstance(model, nn.Module):
         _check_model(model)
         # What nn.Module.compile does, with a call of our own.
-        model._compiled_call_impl = compiled_call(model._call_impl, compiler, compiler.plan, dynamic, fullgraph)
+        model._compiled_call_impl = compiled_call(model._call_impl, compiler, compiler.plan, dynamic, fullgraph,
+                                                  protect, model.forward)
         return model
     if not callable(model):
         raise ModelError(f"model is a {type(model).__name__}. Give an nn.Module, or a callable.")
-    return compiled_call(model, compiler, compiler.plan, dynamic, fullgraph)
+    return compiled_call(model, compiler, compiler.plan, dynamic, fullgraph, protect)
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
             options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     """What `torch.compile(model, backend="sparsify")` calls.
 
-    `options` may hold "plan" and "verify_masks" (see `compile`) beside Inductor's own.
+    `options` may hold "plan", "guarantee" and "verify_masks" (see `compile`) beside Inductor's own.
     """
     options, verify_masks = _take_verify_masks(options)
-    plan = _load_plan(options.pop("plan", None))
+    plan = _load_plan(options.pop("plan", None), options.pop("guarantee", None))
     return Backend(plan, *_check_inner("inductor", mode, options), verify_masks)(gm, example_inputs)
 
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """A Dynamo backend: the pass under a plan, then another compiler. `plan` None: the default plan of the device."""
+    """A Dynamo backend: the pass under a plan, then another compiler. `plan` None: the default plan of the device.
+
+    `protect` is what `compiled_call` asks for masks; a call of the backend with `protects` is for calls with one.
+    """
 
     plan: Plan | None
     compiler: Compiler
     arguments: Mapping[str, Any] = field(default_factory=dict)
     verify_masks: bool = False
+    protect: Protect | None = None
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any],
+                 protects: bool = False) -> Callable[..., Any]:
         trace_graph("sparsify_before", gm)
-        rewritten, records = rewrite_graph(gm, example_inputs, self.plan, self.verify_masks)
+        rewritten, records = rewrite_graph(gm, example_inputs, self.plan, self.verify_masks, protects)
         trace_graph("sparsify_after", rewritten)
         trace_records(records)
         compiled = self.compiler(rewritten, example_inputs, **self.arguments)
         _warn_of_gradients(records)
+        _warn_of_protection(records)
         log_records(records)
         return compiled
 
 
 def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan | None,
-                  verify_masks: bool = False) -> tuple[fx.GraphModule, list[SiteRecord]]:
+                  verify_masks: bool = False, protects: bool = False) -> tuple[fx.GraphModule, list[SiteRecord]]:
     """Run the pass; if it fails, warn once and hand back the graph as it was. Raises PlanError for another's plan."""
     try:
-        rewritten, records = passes.run(gm, example_inputs, plan or default_plan(example_inputs), verify_masks)
+        rewritten, records = passes.run(gm, example_inputs, plan or default_plan(example_inputs), verify_masks,
+                                        protects)
     except RestartAnalysis:
         raise  # Dynamo's way to trace again, knowing more
     except Exception as error:
@@ -129,23 +151,38 @@ def default_plan(values: Sequence[Any]) -> Plan:
 
 
 def compiled_call(function: Callable[..., Any], compiler: Compiler, plan: Plan | None, dynamic: bool = True,
-                  fullgraph: bool = False) -> Callable[..., Any]:
+                  fullgraph: bool = False, protect: Protect | None = None,
+                  forward: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """`torch.compile(function, backend=compiler)`, traced so that a plan costs one graph per bucket.
 
     Size-oblivious tracing makes a batch of 1 no graph of its own, but Dynamo cannot trace every model so (torch 2.11 to
     2.13: slices whose end it cannot compare). It is tried for the whole graph, with data-dependent shapes in it; a
     model that resists is traced as torch.compile does it from then on.
+
+    Calls with protected keys are compiled apart: their graphs begin with a marker that carries the mask, and
+    `compiler` is told by `protects=True`. A call brings its own mask by the name `protect`, unless `forward`, what
+    `function` calls in the end, has an argument of that name.
     """
-    whole = torch.compile(function, backend=compiler, dynamic=dynamic, fullgraph=True)
-    call = whole if fullgraph else torch.compile(function, backend=compiler, dynamic=dynamic)
+    both = _compile_both(function, compiler, dynamic, fullgraph)
+    protected = functools.cache(lambda: _compile_both(
+        _marked(function), functools.partial(compiler, protects=True), dynamic, fullgraph))
     room = graph_room(plan)
     resists = False
+    is_own = _has_argument(forward or function, "protect")
 
-    @functools.wraps(call)
+    @functools.wraps(both[1])
     def traced(*args: Any, **kwargs: Any) -> Any:
         nonlocal resists
+        whole, call = both
+        mask = None if is_own else kwargs.pop("protect", None)
         inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         _check_not_empty(inputs)
+        if mask is None and protect is not None:
+            mask = protect(_carrier(args, kwargs))
+        if mask is not None:
+            _check_protected(mask)
+            inputs.append(mask)
+            args, (whole, call) = (mask, *args), protected()
         # A length of 1 stays a graph of its own: models branch on it (`is_causal = q_len > 1` must be a bool).
         if not resists and not any(1 in x.shape[1:] for x in inputs):
             try:
@@ -165,6 +202,61 @@ def compiled_call(function: Callable[..., Any], compiler: Compiler, plan: Plan |
     # Under an outer torch.compile, Dynamo never enters: it inlines the function behind `_torchdynamo_inline`.
     traced.__dict__["sparsify"] = compiler  # what `explain` looks for
     return traced
+
+
+def _compile_both(function: Callable[..., Any], compiler: Compiler, dynamic: bool,
+                  fullgraph: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """As one graph or not at all, and as torch.compile does it."""
+    whole = torch.compile(function, backend=compiler, dynamic=dynamic, fullgraph=True)
+    return whole, whole if fullgraph else torch.compile(function, backend=compiler, dynamic=dynamic)
+
+
+def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` behind a marker that carries the mask of protected keys, its first argument."""
+    def marked(mask: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        place = _carrier_place(args, kwargs)
+        if isinstance(place, int):
+            args = (*args[:place], torch.ops.sparsify.protect_keys(args[place], mask), *args[place + 1:])
+        else:
+            kwargs = {**kwargs, place: torch.ops.sparsify.protect_keys(kwargs[place], mask)}
+        return function(*args, **kwargs)
+
+    marked.__code__ = marked.__code__.replace()  # Dynamo keeps graphs by code object: each model has its own
+    return marked
+
+
+def _has_argument(function: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # built in, without a signature
+        return False
+
+
+def _carrier_place(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str:
+    """Where the first tensor of a call is: what a model begins with."""
+    for place, x in enumerate(args):
+        if isinstance(x, torch.Tensor):
+            return place
+    if isinstance(kwargs.get("input_ids"), torch.Tensor):
+        return "input_ids"
+    for name, x in kwargs.items():
+        if isinstance(x, torch.Tensor):
+            return name
+    raise OptionError("protect is given and the call has no tensor among its arguments. Give the token ids by "
+                      "themselves, not inside another object.")
+
+
+def _carrier(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    place = _carrier_place(args, kwargs)
+    return args[place] if isinstance(place, int) else kwargs[place]
+
+
+def _check_protected(mask: Any) -> None:
+    if not isinstance(mask, torch.Tensor):
+        raise ShapeError(f"protect is a {type(mask).__name__}. Give a bool tensor [batch or 1, keys].")
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ShapeError(f"protect is {mask.dtype} {list(mask.shape)}. Give a bool tensor [batch or 1, keys], True "
+                         "where a key is protected.")
 
 
 def _raise_mistake(error: Exception) -> None:
@@ -201,8 +293,14 @@ def _check_not_empty(inputs: Sequence[torch.Tensor]) -> None:
         raise ShapeError(f"the input has shape {list(inputs[0].shape)}: an empty sequence. Give at least one token.")
 
 
-def _load_plan(plan: PlanLike) -> Plan | None:
-    return None if plan is None else resolve_plan(plan, "cpu")
+def _load_plan(plan: PlanLike, guarantee: float | None = None) -> Plan | None:
+    if plan is None:
+        if guarantee is not None:
+            raise PlanError(f"guarantee is {guarantee} and no plan is given: the default plan promises nothing. "
+                            "Calibrate a plan for this model, and give it as plan.")
+        return None
+    resolved = resolve_plan(plan, "cpu")
+    return resolved if guarantee is None else resolved.guaranteed(guarantee)
 
 
 def _take_verify_masks(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], bool]:
@@ -263,3 +361,11 @@ def _warn_of_gradients(records: Sequence[SiteRecord]) -> None:
     """Where grad mode alone keeps attention as it was, nothing else would tell."""
     if any(record.why == NEEDS_GRADIENTS for record in records):
         _warn_once(f"sparsify left attention as it was: {NEEDS_GRADIENTS}. Training runs as under torch.compile.")
+
+
+def _warn_of_protection(records: Sequence[SiteRecord]) -> None:
+    """Sites that may lose protected keys."""
+    lacking = [record for record in records if record.lacks_protection]
+    if lacking:
+        _warn_once(f"sparsify does not protect keys at {len(lacking)} of {len(records)} attention sites: "
+                   f"{lacking[0].protection} ({lacking[0].line}). sparsify.explain names them all.")

@@ -67,6 +67,9 @@ DeviceOption = Annotated[Device | None, typer.Option("--device", show_default="c
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", show_default="float32 on cpu, bfloat16 on cuda")]
 PlanOption = Annotated[Path | None, typer.Option(
     "--plan", metavar="FILE", show_default="the default plan of the device", help="Plan file.")]
+GuaranteeOption = Annotated[float | None, typer.Option(
+    "--guarantee", metavar="SHARE", show_default="none",
+    help="Share of query blocks that must keep all peaks, as the plan was calibrated for: 0.95.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -81,11 +84,12 @@ def bench(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     plan: PlanOption = None,
+    guarantee: GuaranteeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model before and after: time, density and quality per length."""
     numbers = None if lengths is None else _parse_lengths(lengths)
-    loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan)
+    loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan, guarantee)
     from sparsify.measurement import benchmark
 
     with _progress() as tell:
@@ -107,6 +111,7 @@ def explain(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     plan: PlanOption = None,
+    guarantee: GuaranteeOption = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to FILE as well.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -117,7 +122,7 @@ def explain(
         except OSError as error:
             raise OptionError(f"html is {str(html)!r} and cannot be written ({error.strerror}). "
                               "Give a file.") from error
-    loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan)
+    loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan, guarantee)
     import torch
 
     from sparsify.backend import compile
@@ -318,9 +323,14 @@ def _load_config(model: str | None) -> Any:
 
 
 def _prepare(model: str | None, text: Path | None, device: Device | None, dtype: Dtype | None,
-             plan: Path | None) -> "tuple[Loaded, Plan, str]":
+             plan: Path | None, guarantee: float | None = None) -> "tuple[Loaded, Plan, str]":
     """What bench and explain run on. What is cheap to refuse is refused before torch is imported."""
     loaded_plan = None if plan is None else Plan.load(plan)
+    if guarantee is not None:
+        if loaded_plan is None:
+            raise OptionError(f"guarantee is {guarantee} and no plan is given. The default plan promises nothing: give "
+                              "--plan, a calibrated one.")
+        loaded_plan = loaded_plan.guaranteed(guarantee)
     try:
         from transformers.utils.logging import disable_progress_bar
 

@@ -65,8 +65,8 @@ def explain(model: Any, *inputs: Any, **kwargs: Any) -> Explanation:
     function = model if isinstance(model, nn.Module) else getattr(model, "_torchdynamo_orig_callable", model)
     ran: dict[Callable[..., Any], list[tuple[SiteRecord, float | None]]] = {}
 
-    def observe(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten, records = rewrite_graph(gm, example_inputs, plan)
+    def observe(gm: fx.GraphModule, example_inputs: Sequence[Any], protects: bool = False) -> Callable[..., Any]:
+        rewritten, records = rewrite_graph(gm, example_inputs, plan, protects=protects)
 
         def run(*args: Any) -> Any:
             with ops.counting() as counters:
@@ -80,7 +80,9 @@ def explain(model: Any, *inputs: Any, **kwargs: Any) -> Explanation:
         return self.forward(*inputs, **kwargs) if isinstance(self, nn.Module) else self(*inputs, **kwargs)
 
     call.__code__ = call.__code__.replace()  # a code object of its own: no graph of an earlier call is reused
-    compiled_call(call, observe, plan)(function, *inputs, **kwargs)
+    protect = None if backend is None else backend.protect
+    forward = function.forward if isinstance(function, nn.Module) else function
+    compiled_call(call, observe, plan, protect=protect, forward=forward)(function, *inputs, **kwargs)
     sites = tuple(ExplainedSite(graph, record, density)
                   for graph, pairs in enumerate(ran.values()) for record, density in pairs)
     return Explanation(str(plan).splitlines()[0] if plan is not None else "the default plan", sites)

@@ -28,6 +28,7 @@ from sparsify import __version__
 from sparsify.backend import compile
 from sparsify.errors import DeviceError, ModelError, OptionError, TextError
 from sparsify.explanation import explain
+from sparsify.frames import own_forward
 from sparsify.plan import Bucket, Plan, resolve_plan
 from sparsify.report import Report, Row
 
@@ -91,6 +92,7 @@ class Side(nn.Module):
         self.model = model
         without_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if without_cache else {}
+        own_forward(self)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [batch, length] to logits [batch, length, vocabulary]."""

@@ -9,6 +9,7 @@ COLUMNS = {
     "outcome": "what it became", "op": "what runs now", "mask": "as proven",
     "depends": "inputs that masks and biases are made of", "bucket": "key lengths that this graph serves",
     "budget": "of this site in this bucket", "density": "kept share of the score area, this call",
+    "protection": "whether protected keys are kept, where some are",
     "why": "how the bucket was known, or why it was left",
 }
 

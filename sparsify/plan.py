@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify import timings
+from sparsify.bounds import Bounds
 from sparsify.errors import PlanError
 
 SCHEMA = 2
@@ -37,6 +38,8 @@ class Budget:
     singles      surprising keys that a split summary keeps single (m)
     peaks        density x keys x tolerance, as calibration measured it: hardly changes with the length, and tells the
                  ops which density to reckon with when they decide whether selection pays. None: they guess high
+    shifts       a factor on the tolerance for each query head, 0 (keep everything) to 1; None: 1 for all.
+                 `Plan.guaranteed` sets them
     """
 
     tolerance: float | None
@@ -45,6 +48,7 @@ class Budget:
     local: int = 1
     singles: int = 6
     peaks: float | None = None
+    shifts: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not (_is_number(self.tolerance) and 0 <= self.tolerance <= 1):
@@ -58,6 +62,11 @@ class Budget:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise PlanError(f"budget.{name} is {value!r}. Give a whole number from {least} to {most}.")
+        if self.shifts is not None:
+            if not isinstance(self.shifts, tuple | list) or not self.shifts or not all(
+                    _is_number(shift) and 0 <= shift <= 1 for shift in self.shifts):
+                raise PlanError(f"budget.shifts is {self.shifts!r}. Give a factor from 0 to 1 for each query head.")
+            object.__setattr__(self, "shifts", tuple(self.shifts))
 
     @classmethod
     def dense(cls) -> "Budget":
@@ -72,14 +81,17 @@ class Budget:
         """Plain data, as a plan file holds it."""
         if self.is_dense:
             return {"tolerance": None}
-        return {name: value for name, value in asdict(self).items() if name != "peaks" or value is not None}
+        optional = {"peaks": self.peaks, "shifts": None if self.shifts is None else list(self.shifts)}
+        return {**{name: value for name, value in asdict(self).items() if name not in optional},
+                **{name: value for name, value in optional.items() if value is not None}}
 
     def __str__(self) -> str:
         if self.is_dense:
             return "dense"
         others = "".join(f", {x.name} {getattr(self, x.name)}" for x in fields(self)[1:]
-                         if x.name != "peaks" and getattr(self, x.name) != x.default)
-        return f"tolerance {self.tolerance:g}{others}"
+                         if x.name not in ("peaks", "shifts") and getattr(self, x.name) != x.default)
+        times = "" if self.shifts is None else f" times {min(self.shifts):.3g} to {max(self.shifts):.3g} by head"
+        return f"tolerance {self.tolerance:g}{times}{others}"
 
 
 @dataclass(frozen=True)
@@ -164,8 +176,7 @@ class Bucket:
 
     sites   override the budget of single attention sites, by their index in the graph
     gates   what calibration found at the key lengths of this bucket; empty where none was calibrated
-    bounds  what calibration knows of the chance to lose a peak, plain JSON data; `sparsify.calibration.guarantee`
-            writes and reads it, a plan carries it
+    bounds  what calibration promises of missed peaks, `Bounds.to_dict()`; empty: nothing
     """
 
     lo: int
@@ -251,6 +262,34 @@ class Plan:
             raise PlanError(f"length is {length}. Key lengths start at 1.")
         return next(bucket for bucket in self.buckets if length in bucket)
 
+    def guaranteed(self, target: float) -> "Plan":
+        """The plan under which at least this share of query blocks keeps every key block with a peak.
+
+        Peaks are those of at least the tolerance; the share is promised on average over documents like those the plan
+        was calibrated on (`sparsify.bounds`). Sites without a bound stay dense. Raises PlanError for a bucket without
+        bounds, or without this target.
+        """
+        if not (_is_number(target) and 0 < target < 1):
+            raise PlanError(f"guarantee is {target!r}. Give a share of query blocks between 0 and 1, as 0.95.")
+        buckets = []
+        for i, bucket in enumerate(self.buckets):
+            if all(budget.is_dense for budget in (bucket.budget, *bucket.sites.values())):
+                buckets.append(bucket)
+                continue
+            if not bucket.bounds:
+                raise PlanError(f"guarantee is {target:g} and plan.buckets[{i}] {bucket} has no bounds: it was not "
+                                "calibrated. Calibrate the plan, or leave guarantee out.")
+            bounds = Bounds.from_dict(bucket.bounds, f"plan.buckets[{i}].bounds")
+            promise = bounds.promise(target)
+            if promise is None:
+                known = ", ".join(f"{x:g}" for x in sorted(bounds.promises))
+                raise PlanError(f"guarantee is {target:g} and plan.buckets[{i}] {bucket} was calibrated for {known}. "
+                                "Give one of these.")
+            sites = {site: replace(bucket.budget_of(site), shifts=shifts) for site, shifts in promise.shifts.items()
+                     if not bucket.budget_of(site).is_dense}
+            buckets.append(replace(bucket, budget=Budget.dense(), sites=sites))
+        return replace(self, buckets=tuple(buckets), name=f"{self.name}, guarantee {target:g}")
+
     def merged(self) -> "Plan":
         """The same plan with equal neighbouring buckets joined, so that fewer graphs are compiled."""
         buckets: list[Bucket] = []
@@ -334,6 +373,8 @@ class Plan:
             others = "".join(f", site {i}: {budget}" for i, budget in sorted(bucket.sites.items()))
             lines.append(f"  {bucket}: {bucket.budget}{others}")
             lines += [f"    {gate}" for gate in bucket.gates]
+            if bucket.bounds:
+                lines.append(f"    guarantee {Bounds.from_dict(bucket.bounds)}")
         for title, facts in (("calibrated", self.calibration), ("measured on", self.fingerprint)):
             if facts:
                 lines.append(f"  {title}: " + ", ".join(f"{name} {_say(value)}" for name, value in facts.items()))
@@ -481,9 +522,11 @@ def _bucket_from_dict(i: int, data: Any) -> Bucket:
     assert isinstance(lo, int)  # checked above; for the type checker
     gates = tuple(_gate_from_dict(f"{where}.gates[{n}]", gate)
                   for n, gate in enumerate(_array(f"{where}.gates", data.get("gates"))))
+    bounds = _object(f"{where}.bounds", data.get("bounds"))
+    if bounds:
+        Bounds.from_dict(bounds, f"{where}.bounds")
     return Bucket(lo, hi, _budget_from_dict(f"{where}.budget", data.get("budget")),
-                  _sites_from_dict(f"{where}.sites", data.get("sites")), gates,
-                  _object(f"{where}.bounds", data.get("bounds")))
+                  _sites_from_dict(f"{where}.sites", data.get("sites")), gates, bounds)
 
 
 def _refuse_unknown(where: str, data: Mapping[str, Any], known: set[str]) -> None:

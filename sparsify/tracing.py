@@ -35,6 +35,7 @@ def describe(record: SiteRecord, density: float | None = None) -> str:
         return f"{place}\n    {record.form}, left as it was: {record.why}"
     depends = f" (made of {', '.join(record.depends)})" if record.depends else ""
     share = "" if density is None else f", density {density:.3f}"
+    share += f"; {record.protection}" if record.protection else ""
     return (f"{place}\n    {record.form}, mask: {record.mask}{depends}\n"
             f"    {record.outcome}, {record.op}{share}; bucket {record.bucket}, budget {record.budget} ({record.why})")
 

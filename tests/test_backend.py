@@ -16,11 +16,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._functorch.aot_autograd import aot_module_simplified
 
 import sparsify
 from sparsify import Bucket, Budget, DeviceError, MaskError, ModelError, OptionError, Plan, PlanError, ShapeError
 from sparsify import backend as backend_module
+from sparsify.bounds import Bounds, Promise
 from sparsify.explanation import ExplainedSite, Explanation
 from sparsify.passes import SiteRecord, pipeline
 
@@ -71,6 +74,25 @@ def test_every_inner_backend_runs_the_op(inner):
     assert [site.record.outcome for site in explained.sites] == ["sparse"]
 
 
+def test_parameters_stay_static_inputs():
+    """What is not static, CUDA graphs copy before every replay."""
+    found = []
+
+    def compiler(gm, inputs):
+        def record(inner, _):
+            found.append(torch._guards.TracingContext.get().fw_metadata.static_input_indices)
+            return make_boxed_func(inner)
+
+        return aot_module_simplified(gm, inputs, fw_compiler=record, inference_compiler=record)
+
+    plain, ours = Attention(), Attention()
+    plain.compile(backend=compiler, dynamic=True)
+    sparsify.compile(ours, PLAN, backend=compiler)
+    for model in (plain, ours):
+        model(torch.randn(2, 40, 16))
+    assert [len(indices) for indices in found] == [2, 2]
+
+
 def test_a_callable_comes_back_wrapped():
     model = Attention().eval()
 
@@ -113,6 +135,9 @@ def test_torch_knows_the_name():
     ({"options": {"plan": PLAN}}, OptionError),
     ({"mode": "default", "options": {"max_autotune": True}}, OptionError),
     ({"options": {"verify_masks": 1}}, OptionError),
+    ({"guarantee": 0.95}, PlanError),
+    ({"plan": PLAN, "guarantee": 0.95}, PlanError),
+    ({"protect": torch.ones(2, 40, dtype=torch.bool)}, OptionError),
     ({"backend": "no-such-backend"}, OptionError),
     ({"backend": "sparsify"}, OptionError),
 ])
@@ -252,7 +277,7 @@ def test_mode_and_options_reach_inductor(monkeypatch):
 def test_verify_masks_reaches_the_pass_and_not_inductor(monkeypatch, verify):
     seen = []
 
-    def run(gm, inputs, plan, verify_masks=False):
+    def run(gm, inputs, plan, verify_masks=False, protects=False):
         seen.append(verify_masks)
         return gm, []
 
@@ -340,7 +365,8 @@ def test_explain_says_what_became_of_each_site():
     (site,) = explanation.sites
     told = {"graph": 0, "index": 0, "outcome": "sparse", "form": "softmax chain", "line": site.record.line,
             "module": "", "why": "guard on the key length", "node": site.record.node, "mask": "causal",
-            "bucket": "[32, inf)", "budget": "tolerance 0", "op": "adaptive_attention", "depends": (), "density": 1.0}
+            "bucket": "[32, inf)", "budget": "tolerance 0", "op": "adaptive_attention", "depends": (), "heads": 2,
+            "kv_heads": 2, "head_dim": 8, "value_dim": 8, "protection": "", "density": 1.0}
     assert site.to_dict() == told
     assert site.record.line.startswith("test_backend.py:")
     for word in ("causal", "[32, inf)", "tolerance 0", "test_backend.py", "density 1.000", "adaptive_attention"):
@@ -398,3 +424,98 @@ def test_explain_counts_graphs_apart():
     compiled = sparsify.compile(two_graphs, PLAN, backend="eager")
     explanation = sparsify.explain(compiled, torch.randn(1, 2, 40, 8))
     assert [(site.graph, site.record.index, site.density) for site in explanation.sites] == [(0, 0, 1.0), (1, 0, 1.0)]
+
+
+SHARP = Plan((Bucket(1, None, Budget(1.0, sinks=0, local=0)),))
+"""Keeps the diagonal, and what else it must."""
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_protected_keys_are_kept_by_callable_and_by_call(inner):
+    model = Attention().eval()
+    x = torch.randn(2, 700, 16)
+    exact = model(x)
+    sparsify.compile(model, SHARP, backend=inner, protect=lambda x: torch.zeros(x.shape[:2], dtype=torch.bool))
+    dropped = model(x)  # the twin: a mask of nothing protects nothing
+    assert (dropped - exact).abs().max() > 1e-3
+    torch.testing.assert_close(model(x, protect=torch.ones(1, 700, dtype=torch.bool)), exact)
+    torch.testing.assert_close(model(x=x, protect=torch.ones(2, 700, dtype=torch.bool)), exact)
+    one_row = torch.tensor([True, False])[:, None].expand(2, 700)
+    torch.testing.assert_close(model(x, protect=one_row)[0], exact[0])
+    torch.testing.assert_close(model(x, protect=one_row)[1], dropped[1])
+    (site,) = sparsify.explain(model, x, protect=one_row).sites
+    assert site.record.protection == "protected keys are kept" and 0.5 < site.density < 0.8
+    assert "protected keys are kept" in str(sparsify.explain(model, x))
+
+
+def test_calls_without_protection_share_their_graphs():
+    graphs = []
+    model = sparsify.compile(Attention().eval(), SHARP, backend=lambda gm, inputs: graphs.append(gm) or gm.forward)
+    for length in (300, 400):
+        x = torch.randn(2, length, 16)
+        model(x)
+        model(x, protect=torch.ones(2, length, dtype=torch.bool))
+    assert len(graphs) == 2  # one with the mask, one without
+
+
+def test_protection_behind_a_graph_break_is_not_silent():
+    def two_graphs(q):
+        q = F.scaled_dot_product_attention(q, q, q)
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(q, q, q)
+
+    backend_module._warn_once.cache_clear()
+    compiled = sparsify.compile(two_graphs, SHARP, backend="eager")
+    q, mask = torch.randn(1, 2, 300, 8), torch.ones(1, 300, dtype=torch.bool)
+    with pytest.warns(RuntimeWarning, match="does not protect keys at 1 of 1 attention sites: .*graph breaks before"):
+        compiled(q, protect=mask)
+    explained = sparsify.explain(compiled, q, protect=mask).sites
+    assert [site.record.lacks_protection for site in explained] == [True, True]  # Dynamo compiles each frame by itself
+
+
+def test_a_model_with_an_argument_of_that_name_keeps_it():
+    def model(q, protect=1.0):
+        return F.scaled_dot_product_attention(q, q, q) * protect
+
+    compiled = sparsify.compile(model, SHARP, backend="eager")
+    q = torch.randn(1, 2, 300, 8)
+    torch.testing.assert_close(compiled(q, protect=2.0), 2.0 * compiled(q))
+    assert sparsify.explain(compiled, q, protect=2.0).sites[0].record.protection == ""
+
+
+@pytest.mark.parametrize(("mask", "words"), [
+    ([True], "protect is a list"), (torch.ones(2, 300), "protect is torch.float32"),
+    (torch.ones(300, dtype=torch.bool), r"torch.bool \[300\]"),
+])
+def test_a_mask_that_is_none_is_refused(mask, words):
+    model = sparsify.compile(Attention().eval(), SHARP, backend="eager")
+    with pytest.raises(ShapeError, match=words):
+        model(torch.randn(2, 300, 16), protect=mask)
+
+
+def test_a_guarantee_reaches_the_op_as_shifts():
+    promise = Promise(0.05, None, 0.9, 0.5, {0: (1.0, 0.0)})
+    plan = Plan((Bucket(1, None, Budget(1.0, sinks=0, local=0),
+                        bounds=Bounds(9, 99, (), {0.95: promise}).to_dict()),))
+    model = Attention().eval()
+    x = torch.randn(2, 700, 16)
+    sparsify.compile(model, plan, backend="eager")
+    (site,) = sparsify.explain(model, x).sites
+    assert site.density < 0.5
+    sparsify.compile(model, plan, guarantee=0.95, backend="eager")
+    (site,) = sparsify.explain(model, x).sites
+    assert 0.5 < site.density < 0.75  # the second head keeps everything
+    assert site.record.budget == "tolerance 1 times 0 to 1 by head, sinks 0, local 0"
+    torch.testing.assert_close(
+        torch.compile(model.forward, backend="sparsify", options={"plan": plan, "guarantee": 0.95})(x), model(x))
+
+
+def test_shifts_for_other_heads_leave_a_site_exact():
+    plan = Plan((Bucket(1, None, Budget(1.0, shifts=(0.5, 0.5, 0.5))),))
+    model = Attention().eval()
+    x = torch.randn(2, 300, 16)
+    expected = model(x)
+    sparsify.compile(model, plan, backend="eager")
+    torch.testing.assert_close(model(x), expected)
+    (site,) = sparsify.explain(model, x).sites
+    assert site.record.outcome == "exact" and "shifts for 3 heads and this site has 2" in site.record.why

@@ -142,6 +142,7 @@ def test_plan_diff(calibrated, files):
     (["bench", "--text", "no-such-text"], "text 'no-such-text' cannot be read"),
     (["bench", "--text", __file__, "--lengths", "32768"], "and the longest length is 32768"),
     (["bench", "--plan", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
+    (["explain", "--guarantee", "0.95"], "guarantee is 0.95 and no plan is given"),
     (["explain", "--length", "0"], "length is 0"),
     (["explain", "--length", "64", "--html", "no-such-folder/x.html"], "html is 'no-such-folder/x.html'"),
     (["explain", "--text", __file__, "--length", "32768"], "length is 32768"),

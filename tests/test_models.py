@@ -130,6 +130,30 @@ def test_generate_gives_the_same_tokens(attention, caplog):
     assert len([record for record in caplog.records if record.name == "sparsify"]) == 2  # prefill and decode
 
 
+def test_generate_protects_the_prompt(caplog):
+    """Ids are found by their name, a cache that begins empty has the prompt's keys, later steps drop nothing."""
+    model = llama("sdpa").eval()
+    model.config.max_position_embeddings = 1024
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    ids = torch.randint(1, 64, (2, 700))
+    seen = []
+
+    def protect(ids):
+        seen.append(tuple(ids.shape))
+        return torch.ones_like(ids, dtype=torch.bool)
+
+    settings = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, **settings).logits
+    sparsify.compile(model, Plan((Bucket(1, None, Budget(1.0, sinks=0, local=0)),)), backend="eager", protect=protect)
+    with caplog.at_level(logging.DEBUG, logger="sparsify"):
+        logits = model.generate(ids, **settings).logits
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+    assert seen == [(2, 700), (2, 1), (2, 1)]
+    sites = [record.getMessage() for record in caplog.records if record.getMessage().startswith("site ")]
+    assert sum("protected keys are kept" in site for site in sites) == 2  # those of the prompt's graph
+    assert not any("are not kept" in site for site in sites)
+
+
 def test_llama_runs_sparse_through_inductor(records):
     model = llama("sdpa").eval()
     ids = torch.randint(1, 64, (2, 100))

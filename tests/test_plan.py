@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from sparsify.bounds import Bounds, Promise
 from sparsify.difference import differences
 from sparsify.errors import PlanError
 from sparsify.plan import SCHEMA, Bucket, Budget, Gate, Plan, SiteShape, graph_hash, resolve_plan
@@ -17,10 +18,11 @@ THREE = Plan(
 )
 GATE = Gate(4096, Budget(0.02, singles=2), True, 8, 0.1 + 0.2, 1 / 3, 0.4, 0.25, True, "8 documents", {0: DENSE}, 0.1,
             0.2, {"code": 0.3}, {0: 1.0, 11: 0.4})
+BOUNDS = Bounds(12, 99, ("code",), {0.95: Promise(0.05, None, 0.9, 0.4, {1: (0.5, 1.0)})})
 GRAPH = tuple(SiteShape(0, i, f"model.layers.{i}.self_attn", 9, 3, 64, 64, True) for i in range(3))
 CALIBRATED = Plan(
     (Bucket(1, 2049, DENSE),
-     Bucket(2049, 4097, replace(GATE.budget, peaks=33.5), {0: DENSE}, (GATE,), {"0.95": {"shifts": [1.5, 2.0]}}),
+     Bucket(2049, 4097, replace(GATE.budget, peaks=33.5), {0: DENSE}, (GATE,), BOUNDS.to_dict()),
      Bucket(4097, None, Budget(0.01))),
     name="calibrated", fingerprint={"graph": graph_hash(GRAPH), "device": "cpu"},
     calibration={"metric": "kl", "documents": {"": 12}}, graph=GRAPH,

@@ -10,6 +10,8 @@
     gains.py     what a budget saves here, from densities and the times of this machine
     gate.py      confidence bounds over documents, and the conditions that they must meet
     buckets.py   from what passed at single lengths to the buckets of a plan; the same again on other hardware
+    promises.py  what each bucket may promise of missed peaks
+    guarantee.py from documents to bounds, and to how far each head's tolerance must fall for them
     texts.py     text files to samples, for the command line
     journal.py   results on disk as they come: a run that was killed goes on where it was
     progress.py  where it is, and how long it will take

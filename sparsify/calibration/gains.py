@@ -49,7 +49,7 @@ class SiteCall:
         measured = [time for time in found if time is not None]
         if budget.singles in self.times and measured:
             return max(measured)
-        return UNMEASURED * (budget.singles + 2) / (Budget.singles + 2) + density  # a summary: `singles` vectors and two
+        return UNMEASURED * (budget.singles + 2) / (Budget.singles + 2) + density
 
     def to_dict(self) -> dict[str, Any]:
         return {"site": self.site, "kv_len": self.kv_len, "weight": self.weight, "small": self.small,

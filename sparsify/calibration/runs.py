@@ -23,6 +23,7 @@ from sparsify.calibration.journal import Journal
 from sparsify.calibration.metrics import Metric, error_of, name_of, tensor_of
 from sparsify.calibration.samples import Window
 from sparsify.errors import ModelError, SampleError
+from sparsify.frames import own_forward
 from sparsify.kernels.masks import Masks
 from sparsify.ops.counters import Totals
 from sparsify.ops.probing import Watch
@@ -84,6 +85,7 @@ class Subject(nn.Module):
         self.model = model
         without_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if without_cache else {}
+        own_forward(self)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """What the model returns; not through its __call__: it may be compiled itself."""

@@ -8,6 +8,7 @@ For each length, ascending, on windows of that length:
 3. judge      on held-out documents, from the safe end up: the largest tolerance that passes, as do all below it that
               were tried (a fixed sequence of tests, so that trying several does not spend confidence)
 4. gain       dense where less than 3 % of attention's time is saved here
+5. promise    when all buckets stand: what each may promise of missed peaks, see promises.py
 
 A bucket reaches from half its length to its length; what lies between buckets and below them is dense, and beyond the
 longest the last budget holds: nothing is more sparse than documents of its own length allow.
@@ -29,6 +30,7 @@ from sparsify.calibration.gate import CONFIDENCE, Judgement, judge, t_quantile, 
 from sparsify.calibration.journal import Journal, digest
 from sparsify.calibration.metrics import NAMES, Metric
 from sparsify.calibration.progress import Progress, teller
+from sparsify.calibration.promises import with_bounds
 from sparsify.calibration.request import check_arguments, encoder, fingerprint, lengths_of, settings
 from sparsify.calibration.runs import Result, Runs, Trial
 from sparsify.calibration.samples import (
@@ -158,8 +160,10 @@ class _Search:
             self.decided.append(bucket_of(self._calibrate(length), length.lo - 1))
             self.say(f"[{place + 1}/{len(lengths)}] {length.length} keys: {self.decided[-1].budget}; "
                      f"{self.decided[-1].gates[0]}")
-        return Plan(assemble(self.decided), name="calibrated", calibration=self._summary(lengths),
+        plan = Plan(assemble(self.decided), name="calibrated", calibration=self._summary(lengths),
                     graph=self.facts.graph)
+        windows = {x.length: (*x.shares.choosers, *x.shares.judges) for x in lengths}
+        return with_bounds(plan, windows, self.runs, self.say)
 
     def _of_texts(self, wanted: Sequence[int], exact: bool) -> list[_Length]:
         """Lengths that enough documents reach; all of them, if they were asked for."""

@@ -5,6 +5,7 @@
     select_blocks            the key blocks that every query block keeps
     block_sparse_attention   attention over kept lists
     check_mask               what a proof says of a mask, compared with the mask itself
+    protect_keys             a marker in a model's code: these keys no attention may lose
 
 Each is a `torch.library` op (`torch.ops.sparsify.*`) with a fake, a CPU and a CUDA implementation, and no host
 synchronisation on CUDA. They have no autograd formula yet: under grad mode the pass leaves attention as it was.
@@ -30,6 +31,7 @@ All masks hold together. A row that sees no key gives zeros, with sink logits to
 from sparsify.ops.attend import adaptive_attention, block_sparse_attention, exact_attention
 from sparsify.ops.counters import Counters, counting
 from sparsify.ops.probing import probing
+from sparsify.ops.protect import protect_keys
 from sparsify.ops.select import select_blocks
 from sparsify.ops.verify import check_mask
 from sparsify.ops.version import VERSION
@@ -43,5 +45,6 @@ __all__ = [
     "counting",
     "exact_attention",
     "probing",
+    "protect_keys",
     "select_blocks",
 ]

@@ -1,5 +1,7 @@
 """The attention ops: `sparsify::block_sparse_attention`, `::adaptive_attention` and `::exact_attention`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from sparsify.errors import ShapeError
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, allowed_blocks, capacity, count_blocks
 from sparsify.kernels.masks import Masks
 from sparsify.ops import counters, crossover, exact, probing
-from sparsify.ops.checks import check_inputs, check_tolerance
+from sparsify.ops.checks import check_inputs, check_protected, check_shifts, check_tolerance
 from sparsify.ops.lists import attend_lists, has_kernels
 from sparsify.ops.select import keep_lists
 
@@ -46,36 +48,38 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
                        key_mask: Tensor | None, query_documents: Tensor | None, key_documents: Tensor | None,
                        attn_mask: Tensor | None, softcap: float, sink_logits: Tensor | None, tolerance: float,
                        max_density: float, sinks: int, local: int, singles: int, site: int, version: int,
-                       peaks: float = 0.0) -> Tensor:
+                       peaks: float = 0.0, shifts: Sequence[float] | None = None,
+                       protected: Tensor | None = None) -> Tensor:
     """Attention that drops the key blocks to which no query of a query block gives `tolerance` of its attention.
 
     A call for which selection would not pay runs exact: few heads, short sequences (`crossover.selection_pays`).
     While somebody probes (`sparsify.ops.probing`), the probe's budget holds in place of the arguments.
 
-    Shapes and masks as in `sparsify.ops`, the budget as in `select_blocks`. `site` names the attention site to
-    `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls; `peaks` (see
-    `sparsify.Budget`; 0.0: not known) tells what density to reckon with. Returns out
-    [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError.
+    Shapes and masks as in `sparsify.ops`; budget, shifts and protected as in `select_blocks`. `site` names the
+    attention site to `sparsify.ops.counting`; `version` is `sparsify.ops.VERSION` of the graph that calls; `peaks` (see
+    `sparsify.Budget`; 0.0: not known) tells what density to reckon with. Returns out [B, H, q_len, Dv] in the dtype of
+    q, laid out in memory as [B, q_len, H, Dv]. Raises ShapeError, DeviceError, OptionError.
     """
     masks = check_inputs(q, k, v, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
                                         softcap, sink_logits))
     check_tolerance(tolerance)
+    check_shifts(shifts, q)
+    check_protected(protected, k)
     probe = probing.active()
     if probe is None:
-        drops = has_kernels(q, v) and crossover.selection_pays(q, k, v, scale, masks, tolerance, singles,
-                                                                   peaks)
+        drops = has_kernels(q, v) and crossover.selection_pays(q, k, v, scale, masks, tolerance, singles, peaks, shifts)
     else:
         if probe.watch is not None:
             probe.watch(site, q, k, v, scale, masks)
         budget = probe.budget_of(site, k.shape[2])
         max_density, sinks, local, singles = budget.max_density, budget.sinks, budget.local, budget.singles
         drops = budget.tolerance is not None and has_kernels(q, v)
-        tolerance = budget.tolerance or 0.0
+        tolerance, shifts = budget.tolerance or 0.0, budget.shifts
     if not drops:
         if counters.is_counting():
             counters.record_all(site)
         return _exact(q, k, v, scale, masks)
-    kept, counts = keep_lists(q, k, scale, masks, tolerance, max_density, sinks, local, singles)
+    kept, counts = keep_lists(q, k, scale, masks, tolerance, max_density, sinks, local, singles, shifts, protected)
     if counters.is_counting():
         counters.record(site, counts, allowed_blocks(masks, q.shape[2], k.shape[2], q.device))
     return attend_lists(q, k, v, kept, counts, scale, masks)[0]
@@ -83,7 +87,7 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
 
 @adaptive_attention.register_fake
 def _(q, k, v, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits,
-      tolerance, max_density, sinks, local, singles, site, version, peaks=0.0):
+      tolerance, max_density, sinks, local, singles, site, version, peaks=0.0, shifts=None, protected=None):
     return _empty_out(q, v)
 
 

@@ -1,6 +1,7 @@
 """Checks that the ops make of what they are handed; each raises an error that names argument, value and way out."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -82,3 +83,23 @@ def check_tolerance(tolerance: float) -> None:
     """Raises OptionError for a tolerance that is no share of attention."""
     if not 0 <= tolerance <= 1:
         raise OptionError(f"tolerance is {tolerance}. It is a share of attention: give a number from 0 to 1.")
+
+
+def check_shifts(shifts: Sequence[float] | None, q: Tensor) -> None:
+    """Raises OptionError for shifts that are not one factor per query head."""
+    if shifts is None:
+        return
+    if len(shifts) != q.shape[1]:
+        raise OptionError(f"shifts has {len(shifts)} factors and q has {q.shape[1]} heads. Give one per query head.")
+    wrong = next((x for x in shifts if not 0 <= x <= 1), None)
+    if wrong is not None:
+        raise OptionError(f"shifts holds {wrong}. They are factors on the tolerance: give numbers from 0 to 1.")
+
+
+def check_protected(protected: Tensor | None, k: Tensor) -> None:
+    """Raises ShapeError, DeviceError for protected keys that are not those of k."""
+    if protected is None:
+        return
+    if protected.device != k.device:
+        raise DeviceError(f"protected is on {protected.device} and k is on {k.device}. Move all inputs to one device.")
+    _check_rows("protected", protected, k.shape[0], k.shape[2], "bool", protected.dtype == torch.bool)

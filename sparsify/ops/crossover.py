@@ -17,8 +17,9 @@ failure in here reaches the caller.
 import logging
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -73,11 +74,11 @@ def exact_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) ->
     return name
 
 
-def selection_pays(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, tolerance: float,
-                   singles: int, peaks: float = 0.0) -> bool:
+def selection_pays(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, tolerance: float, singles: int,
+                   peaks: float = 0.0, shifts: Sequence[float] | None = None) -> bool:
     """Whether sparse attention may be expected to be faster than exact, for calls that our kernels take.
 
-    peaks: see `sparsify.Budget`; 0.0: not known.
+    `peaks`: see `sparsify.Budget`; 0.0: not known. `shifts`: factors on the tolerance, by query head.
     """
     table = _usable_table(q)
     shape = None if table is None else class_of(q, k, v, masks)
@@ -91,7 +92,8 @@ def selection_pays(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, 
     if break_even is None:
         return _pays_by_constants(q, k, v, masks)
     keys = k.shape[2] if masks.window is None else max(1, min(masks.window, k.shape[2]))
-    return break_even >= timings.expected_density(keys, tolerance, peaks)
+    return break_even >= (timings.expected_density(keys, tolerance, peaks) if shifts is None else
+                          _mean_density(keys, tolerance, peaks, tuple(shifts)))
 
 
 def class_of(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> ShapeClass | None:
@@ -190,6 +192,12 @@ def dense_seconds(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> float:
         keys = min(keys, masks.window)
     pairs = q.shape[0] * q.shape[1] * q.shape[2] * keys
     return 2 * pairs * (q.shape[3] + v.shape[3]) / DENSE_RATE[q.element_size()]
+
+
+@lru_cache(maxsize=4096)  # sites times lengths; a call looks up what the last one computed
+def _mean_density(keys: int, tolerance: float, peaks: float, shifts: tuple[float, ...]) -> float:
+    """The density to expect of heads with tolerances of their own."""
+    return sum(timings.expected_density(keys, tolerance * shift, peaks) for shift in shifts) / len(shifts)
 
 
 def _pays_by_constants(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> bool:

@@ -4,4 +4,4 @@ It is an argument of the ops that graphs call, because compile caches key a grap
 Raise it whenever a fake changes.
 """
 
-VERSION = 2
+VERSION = 3

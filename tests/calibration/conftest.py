@@ -22,6 +22,12 @@ def soft_model(layers: int = 2):
         return LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(autouse=True)
+def fresh():
+    """Graphs of earlier models count toward the recompile limit of the code that they share."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module")
 def without_inductor():
     with pytest.MonkeyPatch.context() as patch:

@@ -18,6 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import sparsify
 from sparsify import timings
 from sparsify.backend import backend
+from sparsify.bounds import Bounds
 from sparsify.calibration import gains
 from sparsify.calibration.buckets import assemble, remeasure
 from sparsify.calibration.journal import Journal
@@ -74,6 +75,34 @@ def test_a_budget_says_what_density_to_reckon_with(calibrated):
     kept = [x for site, x in gate.densities.items() if site not in bucket.sites]
     assert timings.expected_density(1024, bucket.budget.tolerance, bucket.budget.peaks) == pytest.approx(
         sum(kept) / len(kept), rel=1e-3)
+
+
+def test_a_calibrated_plan_gives_a_guarantee(calibrated, documents):
+    """Its bounds are of the documents that chose and judged, and the compiled model runs under their shifts."""
+    plan, _, lines = calibrated
+    bucket = plan.bucket_of(1024)
+    bounds = Bounds.from_dict(bucket.bounds)
+    assert bounds.documents >= 5 and set(bounds.promises) == {0.9, 0.95, 0.99}
+    assert all(promise.misses <= 1 - target for target, promise in bounds.promises.items())
+    assert any("counting missed peaks" in line for line in lines)
+    assert not plan.bucket_of(256).bounds  # dense: nothing to promise
+    model = sparsify.compile(soft_model(), plan, guarantee=0.99, backend="eager")
+    with torch.no_grad():
+        explained = sparsify.explain(model, documents[0][None, :1024])
+    budgets = plan.guaranteed(0.99).bucket_of(1024).sites
+    assert {site.record.index: site.record.budget for site in explained.sites if site.record.outcome == "sparse"} == {
+        site: str(budget) for site, budget in budgets.items()}
+    assert budgets and all(len(budget.shifts) == 2 for budget in budgets.values())
+
+
+def test_too_few_documents_give_a_plan_without_a_guarantee(calibrated, documents, monkeypatch):
+    monkeypatch.setattr("sparsify.calibration.promises.LEAST_DOCUMENTS", 50)
+    lines = []
+    plan = calibrate(soft_model(), documents, out=calibrated[1].with_name("few.json"), progress=lines.append,
+                     lengths=LENGTHS[1:])
+    assert any("no guarantee" in line for line in lines)
+    with pytest.raises(PlanError, match="has no bounds"):
+        plan.guaranteed(0.95)
 
 
 def test_a_plan_says_where_and_how_it_was_made(calibrated):

@@ -103,12 +103,17 @@ def assert_attention_is_right(attend, rng: torch.Generator, case: Case, dtype: t
 
 
 def assert_lists_obey(lists: blocks.KeptLists, exact: Tensor, band: Tensor | float, case: Case, masks: Masks,
-                      tolerance: float, max_density: float) -> None:
-    """Lists are what the rule makes of peaks within `band` of the exact ones, under the budget `RULE`."""
+                      tolerance: Tensor | float, max_density: float, protected: Tensor | None = None) -> None:
+    """Lists are what the rule makes of peaks within `band` of the exact ones, under the budget `RULE`.
+
+    `tolerance` may be one per head, [H, 1, 1]; `protected` is bool [B or 1, keys].
+    """
     device = exact.device
     allowed = blocks.allowed_blocks(masks, case.L, case.S, device)
     boundary = blocks.boundary_blocks(case.L, case.S, case.causal_offset, device)
     forced = blocks.forced_blocks(allowed, boundary, **RULE)[:, None]
+    if protected is not None:
+        forced = forced | blocks.protected_blocks(protected)[:, None, None]
     allowed = allowed[:, None].expand_as(exact)
     kept = rule.unpack(lists, case.blocks)
     # The layout: exactly what `pack` makes of the same set, which the even fill has already evened out.

@@ -18,6 +18,8 @@ CASES = [
     Case(1, 2, 1, 400, 3007, 128, 128, 2623),  # the first row of a query block sees no key of a block that is cut
     Case(1, 2, 1, 129, 65, 64, 64, 0),
     Case(1, 4, 1, 1000, 20000, 128, 128, 20001),  # nothing is causal about it
+    Case(2, 4, 2, 700, 2900, 128, 128, 2200, padding=True),
+    Case(3, 4, 4, 513, 1500, 64, 64, None, padding=True),
 ]
 BAND = 0.15
 """3 % each for the exponentials of a block and of its row; bfloat16 sums; summaries that round the other way."""
@@ -35,10 +37,13 @@ def e4m3(x: Tensor) -> Tensor:
 def eight_bit_peaks(q: Tensor, k: Tensor, masks: Masks, singles: int, scale: float) -> Tensor:
     """What the kernel estimates, in float64; edge blocks count as 1."""
     group = q.shape[1] // k.shape[1]
-    summaries = oracle.summarise_keys(k, singles)
-    sample = k[:, :, ::blocks.count_blocks(k.shape[2], hopper_select.SAMPLES)]
-    center = sample.mean(2, keepdim=True)
-    low, high = sample.amin(2, keepdim=True), sample.amax(2, keepdim=True)
+    shown = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if masks.key_mask is None else masks.key_mask
+    summaries = oracle.summarise_keys(k, singles, shown)
+    picked = slice(None, None, blocks.count_blocks(k.shape[2], hopper_select.SAMPLES))
+    sample, seen = k[:, :, picked], shown[:, None, picked, None]
+    center = (sample * seen).sum(2, keepdim=True) / seen.sum(2, keepdim=True).clamp(min=1)
+    low, high = (sample.masked_fill(~seen, sign * torch.inf) for sign in (1, -1))
+    low, high = low.amin(2, keepdim=True), high.amax(2, keepdim=True)
     reach = torch.maximum(high - center, center - low).amax(-1, keepdim=True) * hopper_select.HEADROOM
     spread_bound = ((high - low).square() / 4).amax(-1, keepdim=True) * hopper_select.HEADROOM
     mean = rounded(summaries.mean.double() - center, reach)
@@ -51,21 +56,25 @@ def eight_bit_peaks(q: Tensor, k: Tensor, masks: Masks, singles: int, scale: flo
     def of_heads(x: Tensor) -> Tensor:
         return x.repeat_interleave(group, 1).mT
 
-    log_count = torch.tensor(float(blocks.KEY_BLOCK - singles)).log()
-    gain = oracle.frozen_log_mean_exp(squares @ of_heads(variance), log_count)
+    log_count = summaries.rest_count.double().log()[:, None, None]  # -inf where there is no rest
+    gain = oracle.frozen_log_mean_exp(squares @ of_heads(variance), log_count.clamp(min=0))
     mass = q8 @ of_heads(mean) + gain + log_count
-    for vectors in single.unbind(2):
-        mass = torch.logaddexp(mass, q8 @ of_heads(vectors))
+    real = [(i < summaries.single_count)[:, None, None] for i in range(singles)]
+    scores = [(q8 @ of_heads(x)).masked_fill(~real[i], -torch.inf) for i, x in enumerate(single.unbind(2))]
+    half = (singles + 1) // 2
+    for i in range(half):  # the larger of two stands for both
+        mass = torch.logaddexp(mass, torch.stack(scores[i::half]).amax(0))
     length, keys = q.shape[2], k.shape[2]
     last = torch.arange(mass.shape[3], device=q.device) == keys // blocks.KEY_BLOCK  # ragged, if there is one
     offset = None if masks.causal_offset is None else masks.causal_offset - 1  # the last block the first row sees, too
     edge = blocks.boundary_blocks(length, keys, offset, q.device) | last
+    causal = blocks.allowed_blocks(Masks(masks.causal_offset), length, keys, q.device)[0]
     allowed = blocks.allowed_blocks(masks, length, keys, q.device)
     edge_rows, allowed_rows = (x.repeat_interleave(blocks.QUERY_BLOCK, -2)[..., :length, :] for x in (edge, allowed))
-    exact = oracle.exact_block_mass(q, k - center, scale, masks)
+    exact = oracle.exact_block_mass(q8, rounded(k - center, reach), 1.0, masks)
     mass = torch.where(edge_rows, exact, mass).masked_fill(~allowed_rows[:, None], -torch.inf)
     peaks = oracle.peaks(oracle.shares_of(mass, masks))
-    return torch.where(edge & allowed[:, None], 1.0, peaks)
+    return torch.where(edge & causal, 1.0, peaks)
 
 
 def check(rng, case, dtype, *, tolerance=0.02, singles=6, told=None):
@@ -74,7 +83,7 @@ def check(rng, case, dtype, *, tolerance=0.02, singles=6, told=None):
     k = k + 3 * torch.randn(case.D, generator=rng, device=rng.device).to(dtype)  # keys of a model are off center
     masks = draw_masks(rng, case)
     call = {"scale": case.D**-0.5, "singles": singles}
-    given = Masks(masks.causal_offset if told is None else told)
+    given = masks if told is None else Masks(told)
     assert hopper_select.why_not(q, k, given, singles) is None
     peaks = hopper_select.estimated_peaks(q, k, masks=given, **call)
     exact = eight_bit_peaks(q.double(), k.double(), masks, **call)

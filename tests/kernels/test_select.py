@@ -7,6 +7,7 @@ import torch
 from kernel_cases import RULE, Case, assert_lists_obey, draw_masks, named, qkv
 
 from sparsify.kernels import oracle
+from sparsify.kernels.blocks import protected_blocks
 from sparsify.kernels.select import estimated_peaks, runs_on_hopper, select_blocks
 from tests.numerics import judge
 
@@ -39,12 +40,19 @@ LARGE = [
 ]
 
 
+def draw_protected(rng, case):
+    """A few keys of each batch row, [B, keys]; more in the second half."""
+    luck = torch.rand(case.B, case.S, generator=rng, device=rng.device)
+    return luck > torch.linspace(0.998, 0.99, case.S, device=rng.device)
+
+
 def reference(q, k, masks, singles, scale):
     return oracle.peaks(oracle.estimated_shares(q, k, singles=singles, scale=scale, **named(masks)))
 
 
-def check(rng, case, dtype, *, tolerance, max_density=1.0, singles=6, **changed):
-    """`changed` fields of the masks are what the kernel is told instead of the truth."""
+def check(rng, case, dtype, *, tolerance, max_density=1.0, singles=6, shifts=None, protected=None, told=None,
+          **changed):
+    """`changed` fields of the masks, and what is `told`, are what the kernel gets instead of the truth."""
     q, k, _ = qkv(rng, case, dtype, spread=1.5)
     masks = draw_masks(rng, case)
     scale = case.D**-0.5
@@ -57,8 +65,11 @@ def check(rng, case, dtype, *, tolerance, max_density=1.0, singles=6, **changed)
 
     if runs_on_hopper(q, k, masks, singles):  # in eight bits: test_hopper_select.py
         return
-    lists = select_blocks(q, k, **call, tolerance=tolerance, max_density=max_density, **RULE)
-    assert_lists_obey(lists, exact, band, case, masks, tolerance, max_density)
+    given = {"shifts": shifts, "protected": None if protected is None else protected_blocks(protected)} | (told or {})
+    lists = select_blocks(q, k, **call, tolerance=tolerance, max_density=max_density, **RULE, **given)
+    if shifts is not None:
+        tolerance = tolerance * torch.tensor(shifts, device=q.device)[:, None, None]
+    assert_lists_obey(lists, exact, band, case, masks, tolerance, max_density, protected)
 
 
 @pytest.mark.parametrize("case", [*SMALL, *MASKED], ids=str)
@@ -71,6 +82,48 @@ def test_selection_follows_the_float64_rule(case, dtype, rng, poisoned_memory):
 @pytest.mark.parametrize("tolerance", [0.0, 0.05, 1.0])
 def test_every_tolerance_and_number_of_singles(singles, tolerance, rng):
     check(rng, SMALL[4], torch.float32, tolerance=tolerance, singles=singles)
+
+
+@pytest.mark.parametrize("case", [SMALL[4], SMALL[5], MASKED[0], MASKED[2]], ids=str)
+def test_shifts_and_protected_keys_are_part_of_the_rule(case, rng, poisoned_memory):
+    protected = draw_protected(rng, case)
+    check(rng, case, torch.float32, tolerance=0.3, shifts=[1.0, 0.1], protected=protected)
+    check(rng, case, torch.float32, tolerance=0.3, shifts=[0.0, 0.5], protected=protected[:1], max_density=0.7)
+
+
+@pytest.mark.parametrize("told", [{"shifts": None}, {"shifts": [0.1, 1.0]}, {"protected": None}], ids=str)
+def test_forgotten_shifts_and_protected_keys_are_noticed(told, rng):
+    """The twin: uniform, the heads exchanged, nothing protected."""
+    with pytest.raises(AssertionError):
+        check(rng, SMALL[4], torch.float32, tolerance=0.3, shifts=[1.0, 0.02],
+              protected=draw_protected(rng, SMALL[4]), told=told)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[1], LARGE[3], LARGE[6]], ids=str)
+def test_large_shifts_and_protected_keys(case, rng, poisoned_memory):
+    shifts = [1 - i / case.H for i in range(case.H)]
+    check(rng, case, torch.float32, tolerance=0.05, shifts=shifts, protected=draw_protected(rng, case), max_density=0.8)
+
+
+@pytest.mark.gpu
+def test_shifts_and_protected_keys_run_in_a_cuda_graph(rng, device):
+    """Nothing waits or is copied from the host, also at the first call, and the mask is read at each replay."""
+    case = LARGE[0]
+    q, k, _ = qkv(rng, case, torch.bfloat16, spread=1.5)
+    call = {"scale": case.D**-0.5, "masks": draw_masks(rng, case), "singles": 6, "tolerance": 0.05, "max_density": 0.9,
+            **RULE}
+    select_blocks(q, k, **call, shifts=[0.9] * case.H, protected=protected_blocks(draw_protected(rng, case)))
+    flags = protected_blocks(draw_protected(rng, case))
+    shifts = [0.3 + 0.05 * i for i in range(case.H)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lists = select_blocks(q, k, **call, shifts=shifts, protected=flags)
+    for _ in range(2):
+        flags.copy_(protected_blocks(draw_protected(rng, case)))
+        graph.replay()
+        expected = select_blocks(q, k, **call, shifts=shifts, protected=flags)
+        assert torch.equal(lists.kept, expected.kept) and torch.equal(lists.counts, expected.counts)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import torch
 
 from sparsify import ops
 from sparsify.errors import OptionError, ShapeError
-from sparsify.kernels import composite, estimate, gather, native, oracle, rule
+from sparsify.kernels import blocks, composite, estimate, gather, native, oracle, rule
 from sparsify.kernels.blocks import KEY_BLOCK, KeptLists, allowed_blocks, count_blocks
 from sparsify.kernels.masks import Masks
 from sparsify.ops import crossover
@@ -125,6 +125,49 @@ def test_selection_follows_the_rule(case, tolerance):
     assert (lists.counts % 2 == 0).all() and (lists.counts >= 2).all()
 
 
+def test_shifts_lower_the_tolerance_head_by_head(case):
+    """Each head keeps what it would keep if its own tolerance were all heads'."""
+    shifts = [1.0, 0.5, 0.2, 0.0]
+    call = (*case.qkv[:2], *case.arguments, 0.3, *BUDGET.values())
+    kept, counts = ops.select_blocks(*call, shifts)
+    for head, shift in enumerate(shifts):
+        alone = ops.select_blocks(*case.qkv[:2], *case.arguments, 0.3 * shift, *BUDGET.values())
+        assert torch.equal(kept[:, head], alone[0][:, head]) and torch.equal(counts[:, head], alone[1][:, head])
+    lists = KeptLists(kept, counts)
+    out = ops.adaptive_attention(*case.qkv, *case.arguments, 0.3, *BUDGET.values(), 0, ops.VERSION, shifts=shifts)
+    assert torch.equal(out, ops.block_sparse_attention(*case.qkv, *lists, *case.arguments)[0])
+
+
+def test_protected_keys_keep_their_blocks(case, rng):
+    """Wherever they are allowed, in every head; other blocks stay as they were but for the even fill."""
+    kv_len = case.k.shape[2]
+    protected = torch.zeros(2, kv_len, dtype=torch.bool, device=case.k.device)
+    protected[0, kv_len // 2] = protected[1, kv_len // 3] = True
+    call, key_blocks = (*case.qkv[:2], *case.arguments, 0.6, 1.0, 0, 0, 6), count_blocks(kv_len, KEY_BLOCK)
+    without, kept = (rule.unpack(KeptLists(*ops.select_blocks(*call, None, flags)), key_blocks)
+                     for flags in (torch.zeros_like(protected), protected))
+    allowed = allowed_blocks(case.masks, **case.sizes, device=case.k.device)
+    forced = (allowed & blocks.protected_blocks(protected)[:, None])[:, None]
+    assert (kept | ~forced).all() and not (kept & ~allowed[:, None]).any()
+    assert ((kept ^ without) & ~forced).sum(-1).le(1).all()
+    plain = rule.unpack(KeptLists(*ops.select_blocks(*call)), key_blocks)
+    assert torch.equal(plain, without)  # the twin: nothing protected changes nothing
+    out = ops.adaptive_attention(*case.qkv, *case.arguments, *call[-5:], 0, ops.VERSION, protected=protected)
+    lists = ops.select_blocks(*call, None, protected)
+    assert torch.equal(out, ops.block_sparse_attention(*case.qkv, *lists, *case.arguments)[0])
+
+
+def test_a_protected_key_makes_a_block_matter(rng, device):
+    """Block 2 weighs nothing; one protected key keeps it for batch row 1 alone, and it is dropped without."""
+    case = Case.random(rng, device, 300, 704, None, None)
+    case.k[:, :, 128:192] *= 0.01
+    protected = torch.zeros(2, 704, dtype=torch.bool, device=device)
+    protected[1, 150] = True
+    budget = (0.02, 1.0, 0, 0, 6)  # all ten others are kept: an even number, which needs no filling up
+    kept = rule.unpack(KeptLists(*ops.select_blocks(*case.qkv[:2], *case.arguments, *budget, None, protected)), 11)
+    assert kept[1, :, :, 2].all() and not kept[0, :, :, 2].any()
+
+
 def test_a_bias_makes_a_block_matter(rng, device):
     """Block 2 weighs nothing by its keys; one key of it with a large bias is kept, and dropped without."""
     case = Case.random(rng, device, 300, 704, None, None)
@@ -216,6 +259,9 @@ def test_library_registration(rng, device):
         torch.library.opcheck(ops.exact_attention, (*case.qkv, *tail, ops.VERSION))
         torch.library.opcheck(ops.adaptive_attention, (*case.qkv, *tail, *budget, 0, ops.VERSION))
         torch.library.opcheck(ops.select_blocks, (*case.qkv[:2], *tail, *budget))
+        own = ([1.0, 0.5, 0.5, 0.0], torch.ones(1, case.k.shape[2], dtype=torch.bool, device=device))
+        torch.library.opcheck(ops.adaptive_attention, (*case.qkv, *tail, *budget, 0, ops.VERSION, 0.0, *own))
+        torch.library.opcheck(ops.select_blocks, (*case.qkv[:2], *tail, *budget, *own))
         lists = ops.select_blocks(*case.qkv[:2], *tail, *budget)
         torch.library.opcheck(ops.block_sparse_attention, (*case.qkv, *lists, *tail))
 
@@ -287,6 +333,10 @@ def _arguments(**changed):
     ({"sink_logits": torch.zeros(2)}, ShapeError, r"floating \[4\]"),
     ({"tolerance": 1.5}, OptionError, "tolerance is 1.5"),
     ({"tolerance": float("nan")}, OptionError, "tolerance is nan"),
+    ({"shifts": [1.0, 0.5]}, OptionError, "shifts has 2 factors and q has 4 heads"),
+    ({"shifts": [1.0, 0.5, 1.5, 0.0]}, OptionError, "shifts holds 1.5"),
+    ({"protected": torch.ones(2, 6)}, ShapeError, "protected is torch.float32"),
+    ({"protected": torch.ones(2, 5, dtype=torch.bool)}, ShapeError, r"It must be bool \[2 or 1, 6\]"),
 ])
 def test_mistakes_are_named(changed, error, words):
     with pytest.raises(error, match=words):
