@@ -109,7 +109,8 @@ def origin(node: fx.Node) -> Origin:
     line = f"{Path(outside[-1][0]).name}:{outside[-1][1]}" if outside else "unknown line"
     modules = list((node.meta.get("nn_module_stack") or {}).values())
     path = modules[-1][0] if modules else ""
-    return Origin(line, re.sub(r"^L\['self'\]\.?|^L\['(\w+)'\]", r"\1", path))
+    # The model itself is no part of the path, whether Dynamo met it as self or as the first argument of a wrapper.
+    return Origin(line, re.sub(r"^L\['(?:self'\]|args'\]\[0\])\.?|^L\['(\w+)'\]", r"\1", path))
 
 
 def is_inert_dropout(node: fx.Node) -> bool:
