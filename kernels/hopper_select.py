@@ -524,7 +524,7 @@ def _estimate_peaks(q, vectors, whole, key_mask, counts, units_of_keys, peaks, s
 
 
 def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles: int) -> Tensor:
-    """Launch the four steps; arguments as above, covered by `why_not`."""
+    """Launch the three steps; arguments as above, covered by `why_not`."""
     q, scale = positive_scale(q, scale)
     B, H, L, D = q.shape
     Hkv, S = k.shape[1:3]

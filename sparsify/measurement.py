@@ -5,7 +5,6 @@ Both are compiled with symbolic lengths, see the same windows of one text, and r
 compiled and not changed.
 """
 
-import inspect
 import os
 import platform
 import statistics
@@ -28,7 +27,7 @@ from sparsify import __version__
 from sparsify.backend import compile
 from sparsify.errors import DeviceError, ModelError, OptionError, TextError
 from sparsify.explanation import explain
-from sparsify.frames import own_forward
+from sparsify.frames import Uncompiled
 from sparsify.plan import Bucket, Plan, resolve_plan
 from sparsify.report import Report, Row
 
@@ -84,19 +83,12 @@ def benchmark(model: nn.Module, text: str | Tensor, lengths: Sequence[int] | Non
     return Report(_environment(device), _describe(model, dtype, name), plan, tuple(rows))
 
 
-class Side(nn.Module):
-    """Token ids to logits through a model that stays as it is; compiling a side compiles no more than the side."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        without_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self._options = {"use_cache": False} if without_cache else {}
-        own_forward(self)
+class Side(Uncompiled):
+    """Token ids to logits through a model that stays as it is."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [batch, length] to logits [batch, length, vocabulary]."""
-        output = self.model.forward(ids, **self._options)  # not __call__: the model may be compiled itself
+        output = self.run(ids)
         return output if isinstance(output, Tensor) else output.logits
 
 

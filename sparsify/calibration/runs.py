@@ -5,7 +5,6 @@ serves all budgets that it is compared with. Every result goes through the journ
 again, and if all is, the model is not even compiled.
 """
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from sparsify.calibration.journal import Journal
 from sparsify.calibration.metrics import Metric, error_of, name_of, tensor_of
 from sparsify.calibration.samples import Window
 from sparsify.errors import ModelError, SampleError
-from sparsify.frames import own_forward
+from sparsify.frames import Uncompiled
 from sparsify.kernels.masks import Masks
 from sparsify.ops.counters import Totals
 from sparsify.ops.probing import Watch
@@ -77,19 +76,11 @@ class Facts:
     causal: bool
 
 
-class Subject(nn.Module):
-    """A model that stays as it is; compiling this compiles no more. Its modules are found below `model`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        without_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self._options = {"use_cache": False} if without_cache else {}
-        own_forward(self)
+class Subject(Uncompiled):
+    """Any inputs to whatever a model returns that stays as it is."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """What the model returns; not through its __call__: it may be compiled itself."""
-        return self.model.forward(*arguments, **{**self._options, **keywords})
+        return self.run(*arguments, **keywords)
 
 
 class Runs:
