@@ -38,7 +38,7 @@ PARTS = {
                                "sparsify.kernels.hopper_select:estimated_peaks"),
     "attention's own Python": ("sparsify.kernels.hopper:block_sparse_attention",
                                "sparsify.kernels.attend:block_sparse_attention"),
-    "lists of all blocks": ("sparsify.ops.exact:_every_block",),
+    "lists of all blocks": ("sparsify.kernels.every:every_block",),
     "why_not": ("sparsify.kernels.hopper:why_not", "sparsify.kernels.hopper_select:why_not"),
     "allocations": ("torch:empty", "torch:zeros", "torch:full"),
     "descriptors": ("sparsify.kernels.hopper:describe",

@@ -11,11 +11,12 @@
                                without a sink, -inf
     errors  none here: the op checks shapes, `why_not` says which calls this kernel does not cover
 
-One program per multiprocessor takes query blocks from a queue, longest list first. In a program one warp loads (TMA),
-two warpgroups compute, 64 rows each, with all their softmax state: no data crosses warpgroups. Lists are walked from
-the end, two key blocks (a pair) at a time: under causality alone the blocks that need a mask are the last entries, so
-the mask sits in the first step or two and the main loop has none. The last product of a query block is issued together
-with the first of the next: short lists leave no bubble.
+One program per multiprocessor takes query blocks from a queue, longest list first. Exact attention (`attention`) has
+neither lists nor a queue: a place in the order says the query block, and that the keys. In a program one warp loads
+(TMA), two warpgroups compute, 64 rows each, with all their softmax state: no data crosses warpgroups. Lists are walked
+from the end, two key blocks (a pair) at a time: under causality alone the blocks that need a mask are the last
+entries, so the mask sits in the first step or two and the main loop has none. The last product of a query block is
+issued together with the first of the next: short lists leave no bubble.
 
 Under a key mask, a window or documents any pair may need a mask, and few do. The loader knows: it compares the edges of
 the pair with those of the query block, and looks the blocks up in a table of facts (the shown keys as bits, the lowest
@@ -27,7 +28,8 @@ memory: queries of one query block at a time, and nothing of the next begins bef
 Source: the structure of FlashAttention-3 (arXiv 2407.08608), less what did not pay here (README.md in this folder).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -81,11 +83,49 @@ class Kind:
     sinks: bool
     noted: bool  # tiles before the last two of a list may need a mask: the loader notes of every tile if it does
     rescores: bool  # scores are brought to units of log2 before the softmax, which else does it in passing
+    walks_all: bool  # exact attention: every block that causality and the window show, without lists
 
 
 @gluon.jit
-def _read_pair(kept_pairs, row, pair_capacity, pair):
-    """Key blocks of pair number `pair` of a list, one in each half of an int64; a read ahead of pair 0 gives pair 0."""
+def _take(queue, place, blocks, query_blocks, L, S, offset, window, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+          KIND: gl.constexpr):
+    """The query block at this place of the order, longest list first, as (row << 32 | pairs); -1 behind the last."""
+    if KIND.walks_all:
+        head_rows = blocks // query_blocks
+        query_block = query_blocks - 1 - place // head_rows
+        first, behind = _shown_blocks(query_block * ROWS, L, S, offset, window, ROWS, BLOCK, KIND)
+        pairs = gl.maximum((behind - first + KIND.tile - 1) // KIND.tile, 1)
+        row = place % head_rows * query_blocks + query_block
+        taken = (row.to(gl.int64) << 32) | pairs.to(gl.int64)
+    else:
+        taken = gl.load(queue + gl.minimum(place, blocks - 1))
+    return gl.where(place < blocks, taken, -1)
+
+
+@gluon.jit
+def _shown_blocks(first_row, L, S, offset, window, ROWS: gl.constexpr, BLOCK: gl.constexpr, KIND: gl.constexpr):
+    """The first key block that a row of this query block sees by causality and the window, and the one behind the last;
+    equal where no row sees any."""
+    last_row = gl.minimum(first_row + ROWS, L) - 1
+    behind = gl.minimum(gl.maximum(last_row + offset + BLOCK, 0) // BLOCK, (S + BLOCK - 1) // BLOCK)
+    first = behind * 0
+    if KIND.window:
+        first = gl.minimum(gl.maximum(first_row + offset - window + 1, 0) // BLOCK, behind)
+    return first, behind
+
+
+@gluon.jit
+def _read_pair(kept_pairs, row, pair_capacity, pair, first_block, KIND: gl.constexpr):
+    """Key blocks of pair number `pair` of a list, one in each half of an int64; a read ahead of pair 0 gives pair 0.
+
+    Without lists, neighbours from `first_block` on. The second may lie behind all that is shown, where the last tile,
+    which is always masked, hides it.
+    """
+    if KIND.walks_all:
+        block = (first_block + gl.maximum(pair, 0) * KIND.tile).to(gl.int64)
+        if KIND.tile == 2:
+            block = block | ((block + 1) << 32)
+        return block
     return gl.load(kept_pairs + row.to(gl.int64) * pair_capacity + gl.maximum(pair, 0)).to(gl.int64)
 
 
@@ -143,7 +183,7 @@ def _q_place(turn, KIND: gl.constexpr):
 
 @gluon.jit
 def _loader(q, k, v, q_tiles, k_tiles, v_tiles, notes, mail, bars, kept_pairs, queue, counter, blocks, pair_capacity,
-            query_blocks, H, GROUP, S, offset, window, facts, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+            query_blocks, H, GROUP, L, S, offset, window, facts, ROWS: gl.constexpr, BLOCK: gl.constexpr,
             KIND: gl.constexpr):
     """Feed both warpgroups. V runs one tile behind K, also from one query block to the next unless heads are wide."""
     STAGES: gl.constexpr = KIND.stages
@@ -157,7 +197,7 @@ def _loader(q, k, v, q_tiles, k_tiles, v_tiles, notes, mail, bars, kept_pairs, q
     v_head = 0
     # A query block travels as (row << 32 | pairs) in one integer: Triton 3.6.0 mixes up old and new of two loop-carried
     # scalars of which one is loaded through the other. Negative: no more.
-    block = gl.load(queue + gl.program_id(0))
+    block = _take(queue, gl.program_id(0), blocks, query_blocks, L, S, offset, window, ROWS, BLOCK, KIND)
     while block >= 0:
         pairs = (block & 0xFFFFFFFF).to(gl.int32)
         row = (block >> 32).to(gl.int32)
@@ -165,18 +205,18 @@ def _loader(q, k, v, q_tiles, k_tiles, v_tiles, notes, mail, bars, kept_pairs, q
         first_row = (row - head_row * query_blocks) * ROWS
         batch = head_row // H
         head = head_row - batch * H
-        ahead = _read_pair(kept_pairs, row, pair_capacity, pairs - 1)
+        first_block, behind = _shown_blocks(first_row, L, S, offset, window, ROWS, BLOCK, KIND)
+        ahead = _read_pair(kept_pairs, row, pair_capacity, pairs - 1, first_block, KIND)
         slot = turn & 1
         mbarrier.wait(mail_empty.index(slot), ((turn >> 1) & 1) ^ 1)
         mail.index(slot * 3).store(gl.full([1], block, gl.int64, one))
         if not KIND.noted:
             mail.index(slot * 3 + 1).store(gl.full([1], ahead, gl.int64, one))
-            before = _read_pair(kept_pairs, row, pair_capacity, pairs - 2)
+            before = _read_pair(kept_pairs, row, pair_capacity, pairs - 2, first_block, KIND)
             mail.index(slot * 3 + 2).store(gl.full([1], before, gl.int64, one))
         mbarrier.arrive(mail_full.index(slot), count=1)
         place = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
-        following = gl.load(queue + gl.minimum(place, blocks - 1))
-        following = gl.where(place < blocks, following, -1)
+        following = _take(queue, place, blocks, query_blocks, L, S, offset, window, ROWS, BLOCK, KIND)
         if KIND.noted:
             last_whole = gl.minimum(first_row + offset, S - 1)
             first_whole = first_row + ROWS + offset - window
@@ -197,7 +237,7 @@ def _loader(q, k, v, q_tiles, k_tiles, v_tiles, notes, mail, bars, kept_pairs, q
         turn += 1
         for done in range(0, pairs):
             pair = ahead
-            ahead = _read_pair(kept_pairs, row, pair_capacity, pairs - 2 - done)
+            ahead = _read_pair(kept_pairs, row, pair_capacity, pairs - 2 - done, first_block, KIND)
             stage = step % STAGES
             if KIND.noted:
                 noted, first_shown, second_shown = _judge_pair(pair, own_facts, row_low, row_high, last_whole,
@@ -588,7 +628,7 @@ def _block_sparse_attention(q, k, v, out, lse, kept_pairs, queue, counter, block
         (_warpgroup, (1, out, lse, q_tiles, k_tiles, v_tiles, out_tiles, notes, mail, bars, query_blocks, H, L, S,
                       offset, scale_log2, window, extras, ROWS, BLOCK, KIND)),
         (_loader, (q, k, v, q_tiles, k_tiles, v_tiles, notes, mail, bars, kept_pairs, queue, counter, blocks,
-                   pair_capacity, query_blocks, H, GROUP, S, offset, window, facts, ROWS, BLOCK, KIND)),
+                   pair_capacity, query_blocks, H, GROUP, L, S, offset, window, facts, ROWS, BLOCK, KIND)),
     ], [4, 1], [WARPGROUP_REGISTERS, LOADER_REGISTERS])
 
 
@@ -655,19 +695,39 @@ def _facts(shown: Tensor | None, ids: Tensor | None, length: int, block: int, ro
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
                            masks: Masks) -> tuple[Tensor, Tensor]:
     """Launch `_block_sparse_attention`; arguments as above, covered by `why_not`."""
-    q, scale = positive_scale(q, scale)
-    B, H, L, D = q.shape
-    Hkv, S, DV = v.shape[1:]
-    out = torch.empty(B, L, H, DV, dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty(B, H, L, dtype=torch.float32, device=q.device)
-    extras, _ = score_arguments(masks, q)
-    kind = _kind(D, DV, S, masks, *extras[5:10])
-    query_blocks, pair_capacity = counts.shape[2], kept.shape[3] // kind.tile
     blocks = counts.numel()
     queue = torch.empty(blocks, dtype=torch.int64, device=q.device)
     cursors = torch.empty(LEVELS + 1, dtype=torch.int32, device=q.device)
+    extras, _ = score_arguments(masks, q)
+    kind = _kind(q, v, masks, *extras[5:10])
+    pair_capacity = kept.shape[3] // kind.tile
     _fill_queue[(1,)](counts, queue, cursors, blocks, pair_capacity, LEVELS=LEVELS, CHUNK=QUEUE_CHUNK,
                       TILE=kind.tile, num_warps=16)
+    return _launch(q, k, v, kept if kind.tile == 1 else kept.view(torch.int64), pair_capacity, queue, cursors[LEVELS:],
+                   kind, scale, masks, extras)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, masks: Masks) -> tuple[Tensor, Tensor]:
+    """Exact attention: as `block_sparse_attention` over lists of all blocks, without making or reading them.
+
+    Documents and key masks hide keys, but no block is skipped for them.
+    """
+    extras, _ = score_arguments(masks, q)
+    kind = replace(_kind(q, v, masks, *extras[5:10]), walks_all=True)
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    return _launch(q, k, v, counter, 0, counter, counter, kind, scale, masks, extras)
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, kept_pairs: Tensor, pair_capacity: int, queue: Tensor, counter: Tensor,
+            kind: Kind, scale: float, masks: Masks, extras: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Launch the kernel of this kind; `extras` are the arguments of `score_arguments`."""
+    q, scale = positive_scale(q, scale)
+    B, H, L, _ = q.shape
+    Hkv, S, DV = v.shape[1:]
+    out = torch.empty(B, L, H, DV, dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty(B, H, L, dtype=torch.float32, device=q.device)
+    query_blocks = count_blocks(L, QUERY_BLOCK)
+    blocks = B * H * query_blocks
     row_documents, key_documents = extras[1:3] if kind.documents else (None, None)  # dense, unlike those of `masks`
     # A list may hold two padding ids: two blocks past the end.
     key_facts, stride_key_facts = _facts(masks.key_mask, key_documents, S, KEY_BLOCK, count_blocks(S, KEY_BLOCK) + TILE,
@@ -675,8 +735,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     row_facts, stride_row_facts = _facts(None, row_documents, L, QUERY_BLOCK, query_blocks, queue)
     programs = min(torch.cuda.get_device_properties(q.device).multi_processor_count, blocks)
     _block_sparse_attention[(programs,)](
-        describe(q), describe(k), describe(v), describe(out), lse,
-        kept if kind.tile == 1 else kept.view(torch.int64), queue, cursors[LEVELS:],
+        describe(q), describe(k), describe(v), describe(out), lse, kept_pairs, queue, counter,
         blocks, pair_capacity, query_blocks, H, H // Hkv, L, S,
         S if masks.causal_offset is None else masks.causal_offset,  # every row of an offset of S sees every key
         scale * LOG2_E, *extras, key_facts, stride_key_facts, row_facts, stride_row_facts,
@@ -712,9 +771,10 @@ def _padded(dim: int) -> int:
     return max(64, triton.next_power_of_2(dim))
 
 
-def _kind(D: int, DV: int, S: int, masks: Masks, mask: Tensor, stride_mb: int, stride_mh: int, stride_ms: int,
+def _kind(q: Tensor, v: Tensor, masks: Masks, mask: Tensor, stride_mb: int, stride_mh: int, stride_ms: int,
           stride_mt: int) -> Kind:
-    """The kernel for these head dims and masks; `mask` and its strides as the kernel gets them."""
+    """The kernel over lists for these head dims and masks; `mask` and its strides as the kernel gets them."""
+    D, S, DV = q.shape[3], *v.shape[2:]
     dim, value_dim = _padded(D), _padded(DV)
     is_wide = max(dim, value_dim) > 128
     has_mask, has_bias, capped = masks.attn_mask is not None, masks.bias is not None, masks.softcap > 0
@@ -729,7 +789,7 @@ def _kind(D: int, DV: int, S: int, masks: Masks, mask: Tensor, stride_mb: int, s
                 stages=STAGES if is_wide else STAGES * TILE // tile, key_mask=key_mask, window=window,
                 documents=documents, has_mask=has_mask, has_bias=has_bias, pair_bytes=pair_bytes, capped=capped,
                 sinks=masks.sink_logits is not None, noted=key_mask or window or documents or tile == 1,
-                rescores=capped or has_bias)
+                rescores=capped or has_bias, walks_all=False)
 
 
 def _is_describable(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch.backends.cuda import (
 )
 
 from sparsify.kernels import composite, native
-from sparsify.kernels.blocks import QUERY_BLOCK, KeptLists, allowed_blocks
+from sparsify.kernels.blocks import QUERY_BLOCK, allowed_blocks
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.rule import every_block
 from sparsify.ops.lists import attend_lists, has_kernels
@@ -34,7 +34,7 @@ LONG_ON_CPU = 1024  # queries and keys
 def run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tensor:
     """Attention by the kernel of this name, one of `kernels_of` the call; laid out as the fakes promise."""
     if name == "lists":
-        return attend_lists(q, k, v, *_every_block(q, k, masks), scale, masks)[0]
+        return _attend_all(q, k, v, scale, masks)
     if name == "composite":
         return composite.attention(q, k, v, scale=scale, masks=masks)
     if name == "sdpa":
@@ -79,13 +79,17 @@ def can_run(name: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> bool:
     return name == "composite" or (name == "sdpa" and masks.reshapes_nothing)
 
 
-def _every_block(q: Tensor, k: Tensor, masks: Masks) -> KeptLists:
+def _attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tensor:
+    """Block-sparse attention of ours over all allowed blocks."""
     if q.is_cuda:
-        from sparsify.kernels import every  # Triton: imported when a CUDA op runs, not before
+        from sparsify.kernels import every, hopper  # Triton: imported when a CUDA op runs, not before
 
         if every.covers(masks):
-            return every.every_block(q, k.shape[2], masks)
-    return every_block(allowed_blocks(masks, q.shape[2], k.shape[2], q.device), *q.shape[:2])
+            if hopper.why_not(q, k, v, masks) is None:
+                return hopper.attention(q, k, v, scale=scale, masks=masks)[0]
+            return attend_lists(q, k, v, *every.every_block(q, k.shape[2], masks), scale, masks)[0]
+    lists = every_block(allowed_blocks(masks, q.shape[2], k.shape[2], q.device), *q.shape[:2])
+    return attend_lists(q, k, v, *lists, scale, masks)[0]
 
 
 def _is_for_sdpa(q: Tensor, k: Tensor, masks: Masks) -> bool:

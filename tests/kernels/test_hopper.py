@@ -12,7 +12,7 @@ from kernel_cases import (
     qkv,
 )
 
-from sparsify.kernels.hopper import block_sparse_attention, why_not
+from sparsify.kernels.hopper import attention, block_sparse_attention, why_not
 from sparsify.kernels.masks import Masks
 
 on_hopper = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -82,6 +82,26 @@ def test_forward_is_as_good_as_torch(case, dtype, density, rng, poisoned_memory)
 def test_masks_and_head_dims(case, dtype, density, rng, poisoned_memory):
     assert why_not(*qkv(rng, case, dtype), draw_masks(rng, case)) is None
     assert_attention_is_right(block_sparse_attention, rng, case, dtype, density, scale=case.D**-0.5)
+
+
+def attend_all(q, k, v, kept, counts, *, scale, masks):
+    """Exact attention where others take lists."""
+    return attention(q, k, v, scale=scale, masks=masks)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("case", "dtype"), [*((case, torch.bfloat16) for case in CASES), *MIXED], ids=str)
+def test_the_walk_over_all_blocks_needs_no_lists(case, dtype, rng, poisoned_memory):
+    assert_attention_is_right(attend_all, rng, case, dtype, 1.0, scale=case.D**-0.5)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_the_walk_drops_nothing(rng):
+    """The twin: lists that drop blocks give something else."""
+    with pytest.raises(AssertionError):
+        assert_attention_is_right(attend_all, rng, CASES[7], torch.bfloat16, 0.3, scale=0.3)
 
 
 @pytest.mark.gpu
