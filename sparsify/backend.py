@@ -22,6 +22,7 @@ from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis, TorchDynam
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from sparsify import passes
+from sparsify.bounds import Bounds
 from sparsify.errors import DeviceError, ModelError, OptionError, PlanError, ShapeError, SparsifyError
 from sparsify.passes.site import NEEDS_GRADIENTS, SiteRecord
 from sparsify.plan import Plan, SiteShape, resolve_plan
@@ -116,6 +117,7 @@ class Backend:
         compiled = self.compiler(rewritten, example_inputs, **self.arguments)
         _warn_of_gradients(records)
         _warn_of_protection(records)
+        _warn_of_bounds(self.plan, example_inputs)
         log_records(records)
         return compiled
 
@@ -146,8 +148,11 @@ def site_shapes(graphs: Sequence[Sequence[SiteRecord]]) -> tuple[SiteShape, ...]
 
 def default_plan(values: Sequence[Any]) -> Plan:
     """The default plan of the device that these tensors are on."""
-    on_cuda = any(x.is_cuda for x in values if isinstance(x, torch.Tensor))
-    return Plan.default("cuda" if on_cuda else "cpu")
+    return Plan.default(_device_type(values))
+
+
+def _device_type(values: Sequence[Any]) -> str:
+    return "cuda" if any(x.is_cuda for x in values if isinstance(x, torch.Tensor)) else "cpu"
 
 
 def compiled_call(function: Callable[..., Any], compiler: Compiler, plan: Plan | None, dynamic: bool = True,
@@ -361,6 +366,19 @@ def _warn_of_gradients(records: Sequence[SiteRecord]) -> None:
     """Where grad mode alone keeps attention as it was, nothing else would tell."""
     if any(record.why == NEEDS_GRADIENTS for record in records):
         _warn_once(f"sparsify left attention as it was: {NEEDS_GRADIENTS}. Training runs as under torch.compile.")
+
+
+def _warn_of_bounds(plan: Plan | None, values: Sequence[Any]) -> None:
+    """A guarantee whose bounds come from another kind of device."""
+    if plan is None:
+        return
+    guaranteed = [bucket for bucket in plan.buckets if any(x.shifts is not None for x in bucket.sites.values())]
+    fitted_on = {Bounds.from_dict(bucket.bounds).device_type for bucket in guaranteed if bucket.bounds} - {""}
+    here = _device_type(values)
+    if fitted_on - {here}:
+        _warn_once(f"sparsify: plan {plan.name} was calibrated on {', '.join(sorted(fitted_on))} and runs on {here}, "
+                   "where peaks are estimated in another precision. What it guarantees was not measured here: calibrate "
+                   "the plan on this device.")
 
 
 def _warn_of_protection(records: Sequence[SiteRecord]) -> None:

@@ -40,12 +40,16 @@ class Promise:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The promises of a bucket, by target, and what they were fitted on."""
+    """The promises of a bucket, by target, and what they were fitted on.
+
+    device_type is "cpu" or "cuda": selection estimates peaks in other precisions there. "": not known.
+    """
 
     documents: int
     query_blocks: int
     kinds: tuple[str, ...]
     promises: Mapping[float, Promise]
+    device_type: str = ""
 
     def promise(self, target: float) -> Promise | None:
         """The promise under this target, or None if it was never calibrated."""
@@ -64,11 +68,13 @@ class Bounds:
             promises[target] = Promise(max(mine.misses, theirs.misses), max(known, default=None),
                                        min(mine.coverage, theirs.coverage), max(mine.density, theirs.density), shifts)
         return Bounds(min(self.documents, other.documents), self.query_blocks + other.query_blocks,
-                      tuple(sorted({*self.kinds, *other.kinds})), promises)
+                      tuple(sorted({*self.kinds, *other.kinds})), promises,
+                      self.device_type if self.device_type == other.device_type else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `Bucket.bounds` holds it."""
         return {"documents": self.documents, "query_blocks": self.query_blocks, "kinds": list(self.kinds),
+                "device_type": self.device_type,
                 "targets": {f"{target:g}": promise.to_dict() for target, promise in sorted(self.promises.items())}}
 
     @classmethod
@@ -76,7 +82,8 @@ class Bounds:
         """Read what `to_dict` wrote. Raises PlanError, beginning with `where`, for anything else."""
         try:
             targets = {float(target): _promise(promise) for target, promise in data["targets"].items()}
-            return cls(int(data["documents"]), int(data["query_blocks"]), tuple(map(str, data["kinds"])), targets)
+            return cls(int(data["documents"]), int(data["query_blocks"]), tuple(map(str, data["kinds"])), targets,
+                       str(data.get("device_type", "")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"{where} cannot be read ({type(error).__name__}: {error}). Calibrate the plan anew, or "
                             "remove them.") from error

@@ -510,6 +510,15 @@ def test_a_guarantee_reaches_the_op_as_shifts():
         torch.compile(model.forward, backend="sparsify", options={"plan": plan, "guarantee": 0.95})(x), model(x))
 
 
+@pytest.mark.parametrize(("device_type", "guarantee", "warns"), [
+    ("cuda", 0.95, True), ("cpu", 0.95, False), ("", 0.95, False), ("cuda", None, False)])
+def test_a_guarantee_of_another_device_says_so(device_type, guarantee, warns, recwarn):
+    promise = Promise(0.05, None, 0.9, 0.5, {0: (1.0, 0.5)})
+    plan = Plan((Bucket(1, None, Budget(1.0), bounds=Bounds(9, 99, (), {0.95: promise}, device_type).to_dict()),))
+    sparsify.compile(Attention().eval(), plan, guarantee=guarantee, backend="eager")(torch.randn(2, 300, 16))
+    assert sum("was calibrated on cuda and runs on cpu" in str(warning.message) for warning in recwarn) == warns
+
+
 def test_shifts_for_other_heads_leave_a_site_exact():
     plan = Plan((Bucket(1, None, Budget(1.0, shifts=(0.5, 0.5, 0.5))),))
     model = Attention().eval()

@@ -184,6 +184,11 @@ def calibrated(bounds: Bounds | None = BOUNDS) -> Plan:
                         bounds={} if bounds is None else bounds.to_dict())))
 
 
+def test_joined_bounds_are_of_a_device_that_both_are_of():
+    on_cpu, on_cuda = (Bounds(8, 1000, (), {0.95: PROMISE}, device_type) for device_type in ("cpu", "cuda"))
+    assert on_cpu.joined(on_cpu).device_type == "cpu" and on_cpu.joined(on_cuda).device_type == ""
+
+
 def test_joined_bounds_hold_where_either_does():
     other = Promise(0.03, None, 0.95, 0.6, {1: (0.7, 0.8), 2: (0.1, 0.2), 5: (0.5,)})
     joined = BOUNDS.joined(Bounds(8, 1000, ("manual",), {0.95: other, 0.99: other}))

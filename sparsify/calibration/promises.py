@@ -49,7 +49,7 @@ def _bounds(bucket: Bucket, plan: Plan, windows: Sequence[Window], length: int, 
             say(f"{length} keys: counting missed peaks, document {number} of {len(windows)}")
             with collector.document(window.kind):
                 runs.watched(window, Trial(plan.buckets), watch)
-        return fit(collector.documents).to_dict()
+        return replace(fit(collector.documents), device_type=runs.device.type).to_dict()
 
     budgets = [bucket.budget.to_dict(), *([site, budget.to_dict()] for site, budget in sorted(bucket.sites.items()))]
     return Bounds.from_dict(runs.journal.get(look, "bounds", [window.name for window in windows], budgets))
