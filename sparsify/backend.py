@@ -376,9 +376,9 @@ def _warn_of_bounds(plan: Plan | None, values: Sequence[Any]) -> None:
     fitted_on = {Bounds.from_dict(bucket.bounds).device_type for bucket in guaranteed if bucket.bounds} - {""}
     here = _device_type(values)
     if fitted_on - {here}:
-        _warn_once(f"sparsify: plan {plan.name} was calibrated on {', '.join(sorted(fitted_on))} and runs on {here}, "
-                   "where peaks are estimated in another precision. What it guarantees was not measured here: calibrate "
-                   "the plan on this device.")
+        _warn_once(f"sparsify: plan {plan.name} was calibrated on {', '.join(sorted(fitted_on))} and runs on "
+                   f"{here}, where peaks are estimated in another precision. What it guarantees was not measured here: "
+                   "calibrate the plan on this device.")
 
 
 def _warn_of_protection(records: Sequence[SiteRecord]) -> None:
