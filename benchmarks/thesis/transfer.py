@@ -20,7 +20,7 @@ from sparsify.models.loading import TINY_LM
 from sparsify.models.tasks import retrieval_rows
 from sparsify.plan import DEFAULT_TOLERANCE, Bucket, Budget, Plan
 
-FOLLOWED = ("tolerance", "max_density", "sinks", "local", "singles")
+FOLLOWED = ("tolerance", "max_density", "sinks", "local", "singles", "peaks")  # the last only says what pays
 FREE = 0.01  # KL, nats
 SHARE = Policy("split-6", "share")
 QUERIES = {"kv": 4, "copy": 2}  # per row
