@@ -34,10 +34,11 @@ def main() -> None:
     parser.add_argument("--name", default="tiny-lm", help="of the model, in results and figures")
     parser.add_argument("--lengths")
     parser.add_argument("--text", action="append", default=[])
+    parser.add_argument("--max-error", default="0.005", help="as of sparsify calibrate")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = [*([options.model] if options.model else []), *(x for text in options.text for x in ("--text", text)),
-                 *(["--lengths", options.lengths] if options.lengths else [])]
+                 *(["--lengths", options.lengths] if options.lengths else []), "--max-error", options.max_error]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "plan.json"
         start = time.perf_counter()

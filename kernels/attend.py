@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK
+from sparsify.kernels.launch import launched
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E, finish_scores, first_peak, read_documents, score_arguments
 
@@ -78,6 +79,7 @@ def _attend_block(query, k_tile, v_tile, key_mask, weighted, peak, total, key_bl
     return weighted, new_peak, total
 
 
+@launched
 @triton.jit(do_not_specialize=["list_capacity", "query_blocks", "H", "GROUP", "L", "S", "offset", "window"])
 def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
                             stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,

@@ -11,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, TILE, KeptLists, capacity, count_blocks
+from sparsify.kernels.launch import launched
 from sparsify.kernels.masks import Masks
 
 WIDTH = 1024  # entries at once
 
 
+@launched
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "room", "L", "S", "offset", "window"])
 def _list_every_block(kept, counts, query_blocks, key_blocks, room, L, S, offset, window, ROWS: tl.constexpr,
                       BLOCK: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):

@@ -48,6 +48,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsify.kernels.attend import positive_scale
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, TILE, count_blocks
+from sparsify.kernels.launch import descriptor, is_hopper, launched, multiprocessors
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E, score_arguments
 
@@ -61,6 +62,7 @@ WARPGROUP_REGISTERS = 232
 LOADER_REGISTERS = 40
 WIDEST = 256  # head dim
 FACTS_CHUNK = 32  # blocks whose facts a program gathers
+ROWS_OF_A_HEAD = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)  # of descriptors
 
 
 @dataclass(frozen=True)
@@ -577,6 +579,7 @@ def _warpgroup(WARPGROUP: gl.constexpr, out, lse, q_tiles, k_tiles, v_tiles, out
     tma.store_wait(0)
 
 
+@launched
 @gluon.jit(do_not_specialize=["blocks", "pair_capacity", "query_blocks", "H", "GROUP", "L", "S", "offset", "window",
                               "stride_query_documents", "stride_key_documents", "stride_mb", "stride_mh",
                               "stride_key_facts", "stride_row_facts"])
@@ -632,6 +635,7 @@ def _block_sparse_attention(q, k, v, out, lse, kept_pairs, queue, counter, block
     ], [4, 1], [WARPGROUP_REGISTERS, LOADER_REGISTERS])
 
 
+@launched
 @triton.jit(do_not_specialize=["rows", "pair_capacity"])
 def _fill_queue(counts, queue, cursors, rows, pair_capacity, LEVELS: tl.constexpr, CHUNK: tl.constexpr,
                 TILE: tl.constexpr):
@@ -654,6 +658,7 @@ def _fill_queue(counts, queue, cursors, rows, pair_capacity, LEVELS: tl.constexp
         tl.store(queue + place, (row.to(tl.int64) << 32) | pairs, mask=row < rows)
 
 
+@launched
 @triton.jit(do_not_specialize=["length", "blocks", "stride_batch", "stride_ids"])
 def _gather_facts(shown, ids, facts, length, blocks, stride_batch, stride_shown, stride_ids, BLOCK: tl.constexpr,
                   CHUNK: tl.constexpr, HAS_SHOWN: tl.constexpr, HAS_IDS: tl.constexpr):
@@ -733,7 +738,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, kept_pairs: Tensor, pair_capacity: 
     key_facts, stride_key_facts = _facts(masks.key_mask, key_documents, S, KEY_BLOCK, count_blocks(S, KEY_BLOCK) + TILE,
                                          queue)
     row_facts, stride_row_facts = _facts(None, row_documents, L, QUERY_BLOCK, query_blocks, queue)
-    programs = min(torch.cuda.get_device_properties(q.device).multi_processor_count, blocks)
+    programs = min(multiprocessors(q.device), blocks)
     _block_sparse_attention[(programs,)](
         describe(q), describe(k), describe(v), describe(out), lse, kept_pairs, queue, counter,
         blocks, pair_capacity, query_blocks, H, H // Hkv, L, S,
@@ -746,7 +751,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, kept_pairs: Tensor, pair_capacity: 
 
 def why_not_here(q: Tensor) -> str | None:
     """Why no kernel for Hopper takes this tensor, as `why_not`: device and dtype."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+    if not is_hopper(q.device):
         return "the device is not a Hopper GPU"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the dtype is {q.dtype}, not float16 or bfloat16"
@@ -801,8 +806,7 @@ def _is_describable(tensor: Tensor) -> bool:
 
 def describe(tensor: Tensor) -> TensorDescriptor:
     """The copy engine's view: boxes of 64 rows of one head, clipped at the tensor's own length and head dim."""
-    D = tensor.shape[3]
+    dim = _padded(tensor.shape[3])
     # The stride of a dimension of size 1 means nothing to torch, but the engine checks it.
-    strides = [tensor.stride(i) if tensor.shape[i] > 1 else _padded(D) for i in range(3)]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, KEY_BLOCK, _padded(D)], layout)
+    strides = [tensor.stride(i) if tensor.shape[i] > 1 else dim for i in range(3)]
+    return descriptor(tensor, [*strides, 1], [1, 1, KEY_BLOCK, dim], ROWS_OF_A_HEAD)

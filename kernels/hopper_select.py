@@ -26,7 +26,7 @@ Source: this project's own (ARCHITECTURE.md, "selection").
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import torch
 import triton
@@ -46,6 +46,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparsify.kernels.attend import positive_scale
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, count_blocks
 from sparsify.kernels.hopper import why_not_here
+from sparsify.kernels.launch import descriptor, launched, multiprocessors
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E
 from sparsify.kernels.statistics import split_keys
@@ -64,6 +65,7 @@ REGISTERS = 128  # for 2 programs of 8 warps; the loader's four of them give mos
 LOADER_REGISTERS = 24
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "Hkv", "spacing"])
 def _sample_keys(k, key_mask, ranges, stride_b, stride_h, stride_s, stride_d, stride_mask_batch, stride_mask, S, Hkv,
                  spacing, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, D: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
@@ -85,6 +87,7 @@ def _sample_keys(k, key_mask, ranges, stride_b, stride_h, stride_s, stride_d, st
     tl.store(out + 2 * D, tl.max(tl.where(inside, keys, -float("inf")), 0))
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "Hkv", "room", "MASKS"])
 def _quantise_keys(k, key_mask, ranges, vectors, whole, counts, units, stride_b, stride_h, stride_s, stride_d,
                    stride_mask_batch, stride_mask, S, Hkv, room, MASKS, SINGLES: tl.constexpr,
@@ -488,6 +491,7 @@ def _weight(total, last_key):
     return gl.where((last_key >= 0) & (total > 1.0e-24), 1.0 / gl.minimum(total, 1.8446744e19), 0.0)
 
 
+@launched
 @gluon.jit(do_not_specialize=["heads", "query_blocks", "key_blocks", "room", "H", "GROUP", "L", "S", "offset"])
 def _estimate_peaks(q, vectors, whole, key_mask, counts, units_of_keys, peaks, scratch, stride_qb, stride_qh, stride_qs,
                     stride_mask_batch, stride_mask, stride_counts, heads, query_blocks, key_blocks, room, H, GROUP, L,
@@ -543,8 +547,7 @@ def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles
     has_mask = {"HAS_KEY_MASK": key_mask is not None}
     mask = counts if key_mask is None else key_mask
     peaks = new(B, H, query_blocks, key_blocks)
-    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    programs = min(query_blocks * heads, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
+    programs = min(query_blocks * heads, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(q.device))
     scratch = new(programs, room * QUERY_BLOCK, dtype=torch.bfloat16)
 
     _sample_keys[(D // CHANNELS, kv_heads)](
@@ -564,8 +567,13 @@ def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles
 
 def _describe(rows: Tensor, tile: int) -> TensorDescriptor:
     """The copy engine's view of e4m3 rows, `tile` of them at once."""
-    shape = [tile, rows.shape[1]]
-    return TensorDescriptor.from_tensor(rows, shape, gl.NVMMASharedLayout.get_default_for(shape, gl.float8e4nv))
+    dim = rows.shape[1]
+    return descriptor(rows, [dim, 1], [tile, dim], _layout(tile, dim))
+
+
+@cache
+def _layout(tile: int, dim: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([tile, dim], gl.float8e4nv)
 
 
 def why_not(q: Tensor, k: Tensor, masks: Masks, singles: int) -> str | None:

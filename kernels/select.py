@@ -41,6 +41,7 @@ from sparsify.kernels.blocks import (
     count_blocks,
     visible_keys,
 )
+from sparsify.kernels.launch import launched, multiprocessors
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E, cap_scores, finish_scores, first_peak, read_documents, score_arguments
 from sparsify.kernels.statistics import summarise_keys
@@ -114,6 +115,7 @@ def _weigh_chunk(query, squared, singles, mean, variance, single_stride, blocks,
     return mass, peak
 
 
+@launched
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "units", "H", "GROUP", "L", "S", "offset"])
 def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_count, peaks, scratch, scratch_peaks,
                     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
@@ -224,6 +226,7 @@ def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_
         tl.debug_barrier()  # and the next query block writes them anew
 
 
+@launched
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "units", "H", "GROUP", "L", "S", "offset", "window"])
 def _estimate_masked_peaks(q, k, key_mask, kinds, bias, singles, mean, variance, single_count, rest_count, peaks,
                            scratch, scratch_peaks,
@@ -326,6 +329,7 @@ def _estimate_masked_peaks(q, k, key_mask, kinds, bias, singles, mean, variance,
         tl.debug_barrier()  # and the next query block writes them anew
 
 
+@launched
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "list_capacity", "H", "L", "offset", "sinks", "local",
                                "tolerance", "max_density"])
 def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts, stride_count_batch,
@@ -510,6 +514,4 @@ def _count_stride(summaries: SplitSummaries) -> int:
 
 
 def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":  # Triton's interpreter
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type != "cuda" else multiprocessors(device)  # 1: in Triton's interpreter

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify.kernels.blocks import KEY_BLOCK, SplitSummaries, count_blocks
+from sparsify.kernels.launch import launched
 
 NUM_WARPS = 4  # a tile of 64 x 128 keys in float32 is 64 registers a thread
 LARGEST = {torch.float16: 65504.0, torch.bfloat16: 3.3e38, torch.float32: 3.3e38}  # an infinite variance times 0 is NaN
@@ -48,6 +49,7 @@ def split_keys(keys, visible, dim_inside, rows, SINGLES: tl.constexpr):
     return rank, mean, variance, count, rest_count
 
 
+@launched
 @triton.jit(do_not_specialize=["S", "MASKS"])
 def _summarise_keys(k, key_mask, singles, mean, variance, single_count, rest_count,
                     stride_b, stride_h, stride_s, stride_d, stride_mask_batch, stride_mask, S, MASKS, largest,
