@@ -773,7 +773,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> str | None:
 
 def _padded(dim: int) -> int:
     """A head dim as the kernel has it: the copy engine fills up with zeros."""
-    return max(64, triton.next_power_of_2(dim))
+    return max(64, 1 << (dim - 1).bit_length())
 
 
 def _kind(q: Tensor, v: Tensor, masks: Masks, mask: Tensor, stride_mb: int, stride_mh: int, stride_ms: int,

@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
-from sparsify.kernels.launch import Launched, descriptor, kind_of  # noqa: E402
+from sparsify.kernels.launch import Launched, describe_arguments, descriptor  # noqa: E402
 
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 MEMORY = torch.zeros(1024, dtype=torch.bfloat16)
@@ -29,6 +29,10 @@ def tensors():
 
 ARGUMENTS = [0, 1, 2, 15, 16, 17, 48, -1, -16, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**40, 2**63, True, False, 1.0,
              0.5, None, (0.5, 1.0), (0.5,), (0.25, 1.0), *tensors()]
+
+
+def kind_of(x):
+    return describe_arguments((x,))[0]
 
 
 def specialisation(x, specialise):
@@ -64,19 +68,24 @@ class Kernel:
     """A compiled kernel and its JIT function in one: remembers how it was launched."""
 
     arg_names = ("x", "n", "BLOCK")
+    function, packed_metadata = 17, (4,)
 
     def __init__(self):
         self.slow, self.fast = [], []
 
     def __getitem__(self, grid):
         def launch(*args, **keywords):
-            (self.slow if keywords else self.fast).append((grid, args, keywords))
+            self.slow.append((grid, args, keywords))
             return self
         return launch
+
+    def run(self, *args):
+        self.fast.append(args)
 
 
 def fast(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 99, raising=False)
     launched = Launched(Kernel())
     launched._is_compiled = True
     return launched, launched.kernel
@@ -87,8 +96,24 @@ def test_a_call_alike_goes_past_triton(monkeypatch):
     launched[(3,)](MEMORY, 5, BLOCK=64, num_warps=4)
     launched[(7, 2)](MEMORY, 6, BLOCK=64, num_warps=4)
     assert len(kernel.slow) == 1
-    ((grid, args, _),) = kernel.fast
-    assert grid == (7, 2, 1) and args[0] is MEMORY and args[1:] == (6, 64)
+    assert kernel.fast == [(7, 2, 1, 99, 17, (4,), None, None, None, MEMORY.data_ptr(), 6, 64)]
+
+
+def test_who_watches_launches_sees_them(monkeypatch):
+    launched, kernel = fast(monkeypatch)
+    hooks = triton.knobs.runtime.launch_enter_hook
+
+    def watch(metadata):
+        pass
+
+    launched[(3,)](MEMORY, 5, BLOCK=64)
+    hooks.add(watch)
+    try:
+        launched[(3,)](MEMORY, 5, BLOCK=64)
+    finally:
+        hooks.remove(watch)
+    launched[(3,)](MEMORY, 5, BLOCK=64)
+    assert len(kernel.slow) == 2 and len(kernel.fast) == 1
 
 
 @pytest.mark.parametrize("change", [{"n": 1}, {"BLOCK": 32}, {"num_warps": 8}, {"x": MEMORY[1:]}])
