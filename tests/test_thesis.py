@@ -420,6 +420,36 @@ def test_every_part_runs_and_writes_numbers_and_charts(subject, tmp_path, monkey
     assert len(list(tmp_path.glob("*.svg"))) >= 5
 
 
+@pytest.mark.parametrize(("commit", "again"), [("0123456789ab", [640]), ("ba9876543210", [512, 640])])
+def test_a_part_that_was_killed_goes_on_on_the_same_commit(subject, tmp_path, monkeypatch, commit, again):
+    asked = []
+
+    def measure(subject, lengths):
+        asked.extend(lengths)
+        if lengths == [640] and len(asked) == 2:
+            raise KeyboardInterrupt
+        return {"lengths": [{"length": length, "kind": kind} for length in lengths for kind in "ab"]}
+
+    def run():
+        command.main()
+        return json.loads(next(tmp_path.glob("*-static.json")).read_text())
+
+    monkeypatch.setattr(Subject, "load", lambda *arguments: subject)
+    monkeypatch.setattr(command.static, "measure", measure)
+    monkeypatch.setattr(command.static, "charts", lambda name, result: {})
+    monkeypatch.setattr("sys.argv", ["thesis", "static", "--lengths", "512", "640", "--device", "cpu", "--out",
+                                     str(tmp_path)])
+    monkeypatch.setattr(command, "environment", lambda device: {"device": "here", "commit": "0123456789ab"})
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(command, "environment", lambda device: {"device": "here", "commit": commit})
+    asked[:] = [0, 0, 0]
+    written = run()
+    assert asked[3:] == again
+    assert [(row["length"], row["kind"]) for row in written["lengths"]] == [
+        (length, kind) for length in (512, 640) for kind in "ab"]
+
+
 def test_signals_and_research_run_on_a_small_model(subject, monkeypatch):
     one = replace(subject, documents=1)
     monkeypatch.setattr(command.research, "CANDIDATES", (Policy("kmeans-8", "absolute"),

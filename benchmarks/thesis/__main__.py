@@ -15,20 +15,21 @@ of that; attention over the lists at density 0.3 in bfloat16 takes 0.1 s, launch
 estimated and 30 perfect passes a length: 120 s at 8K, 100 s at 4K (24 windows), less below, so five to six minutes
 for SmolLM2. tiny-lm (36 heads) has 7.7e10 scores at 32K and half at each shorter length: four to five minutes with
 the retrieval rows of `transfer` and `symbols`. Memory: scores 1 GB a temporary (a handful alive), logits 2 GB, dense
-logits in float16 of all windows 10 GB (SmolLM2): below 30 GB. A part writes its files when it ends. On two CPU cores
+logits in float16 of all windows 10 GB (SmolLM2): below 30 GB. Files are written after
+every length; the same command on the same commit and machine goes on where they end. On two CPU cores
 a pass over 2K tokens is 1 s (tiny-lm) and 7 s (SmolLM2); use OMP_NUM_THREADS=1 where other work runs.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.figures import record
-from benchmarks.records import RESULTS, environment, write_json, write_text
+from benchmarks.records import RESULTS, environment, may_join, read_json, write_json, write_text
 from benchmarks.thesis import needed, research, rules, signal, static, symbols, transfer
 from benchmarks.thesis.subject import Subject
 
@@ -36,6 +37,7 @@ LENGTHS = {"cpu": (512, 1024, 2048, 4096), "cuda": (512, 1024, 2048, 4096, 8192,
 MOST = {"tiny-lm": 32768}  # positions that were trained; others: 8192
 PARTS: dict[str, Any] = {"needed": needed, "rules": rules, "transfer": transfer, "static": static, "signal": signal,
                          "symbols": symbols, "research": research}
+TOGETHER = ("transfer",)  # its lengths need each other; all others are measured, and written, one by one
 
 
 def main() -> None:
@@ -56,19 +58,38 @@ def main() -> None:
     facts = environment(options.device)
     command = f"python -m benchmarks.thesis {{}} --model {'tiny-lm' if subject.name == 'tiny-lm' else 'MODEL'}"
     for part in PARTS if "all" in options.part else options.part:
+        measure_part(part, subject, lengths, extra.get(part, ()), options, facts, command.format(part))
+
+
+def measure_part(part: str, subject: Subject, lengths: Sequence[int], extra: tuple[Any, ...], options: Any,
+                 facts: dict[str, str], command: str) -> None:
+    """Measure one part, length by length, and write what there is after each; figures when all are there."""
+    module, file = PARTS[part], options.out / f"{subject.name}-{part}.json"
+    texts = [path.name for path in options.text] or ["heldout.txt"]
+    head = {"environment": facts, "model": subject.name, "texts": texts, "command": command}
+    before = read_json(file)
+    known: dict[str, Any] = before if may_join(before, facts) and before["texts"] == texts else {"seconds": 0.0}
+    rows = [row for row in known.get("lengths", []) if row["length"] in lengths] if part not in TOGETHER else []
+    measured, seconds = {row["length"] for row in rows}, known["seconds"]
+    result: dict[str, Any] = {"lengths": rows}
+    for some in [lengths] if part in TOGETHER else [[length] for length in lengths if length not in measured]:
         start = time.perf_counter()
-        measure: Callable[..., dict[str, Any]] = PARTS[part].measure
-        result = measure(subject, lengths, *extra.get(part, ()))
-        seconds = round(time.perf_counter() - start, 1)
-        texts = [path.name for path in options.text] or ["heldout.txt"]
-        written = {"environment": facts, "model": subject.name, "texts": texts, "command": command.format(part),
-                   "seconds": seconds, **result}
-        write_json(options.out / f"{subject.name}-{part}.json", written)
-        for name, chart in PARTS[part].charts(subject.name, result).items():
-            write_text(options.out / f"{subject.name}-{part}-{name}.svg", chart)
-        if hasattr(PARTS[part], "figures"):
-            record(*PARTS[part].figures(subject.name, result, facts["device"], command.format(part)))
-        print(f"{part}: {seconds:.0f} s, {options.out / f'{subject.name}-{part}.json'}", flush=True)
+        result = module.measure(subject, some, *extra)
+        rows = sorted([*rows, *result["lengths"]], key=lambda row: row["length"])
+        seconds = round(seconds + time.perf_counter() - start, 1)
+        result = {**result, "lengths": rows}
+        write_json(file, {**head, "seconds": seconds, **result, **summary(module, rows)})
+    result |= summary(module, rows)
+    for name, chart in module.charts(subject.name, result).items():
+        write_text(options.out / f"{subject.name}-{part}-{name}.svg", chart)
+    if hasattr(module, "figures"):
+        record(*module.figures(subject.name, result, facts["device"], command))
+    print(f"{part}: {seconds:.0f} s, {file}", flush=True)
+
+
+def summary(module: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a part says of all its lengths together."""
+    return module.summary(rows) if hasattr(module, "summary") else {}
 
 
 if __name__ == "__main__":

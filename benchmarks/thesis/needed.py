@@ -43,7 +43,12 @@ def measure(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
         rows.append(row)
         print(f"{subject.name} {length}: " + ", ".join(f"{name} {found['0.01']:.3f} / {found['0.03']:.3f}"
                                                        for name, found in row["kl"].items()), flush=True)
-    return {"lengths": rows, "exponents": _exponents(rows)}
+    return {"lengths": rows}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How density falls with the length, as a power."""
+    return {"exponents": _exponents(rows) if len(rows) > 1 else {}}
 
 
 def search(subject: Subject, kind: Policy, length: int) -> list[Outcome]:
