@@ -3,6 +3,9 @@
     memcheck    accesses out of bounds or misaligned; torch's caching of memory is off, so that bounds are a tensor's
     racecheck   hazards in shared memory
 
+racecheck does not know an mbarrier as an order between warps: what it reports of benchmarks/handover.py, a kernel that
+is right by construction, stands beside (see kernels/README.md).
+
 The tests are those of benchmarks/sanitize.txt: each kernel, ragged ends, masks, small sizes. They run once plainly
 first, which compiles the kernels. Logs and summary go to results/sanitize/, figures to figures.json. Needs a CUDA
 device that the tool can instrument, and `compute-sanitizer` on the PATH or in COMPUTE_SANITIZER.
@@ -29,6 +32,7 @@ TOOLS = ("memcheck", "racecheck")
 SECONDS = 120  # a tool may take
 SUMMARIES = {"memcheck": r"ERROR SUMMARY: (\d+) error", "racecheck": r"RACECHECK SUMMARY: (\d+) hazard"}
 COMMAND = "python -m benchmarks.sanitize"
+CONTROL = "benchmarks.handover"
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,19 @@ def read_verdict(tool: str, log: str, kernels: Sequence[str], seconds: float) ->
 
 def run_tool(tool: str, tests: Sequence[str], log: Path, seconds: float = SECONDS,
              options: Sequence[str] = ()) -> Verdict:
-    """Run the tests under one tool, "" for none; what it prints goes to `log`. `options` are pytest's."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *tests]
+    """Run the tests, or without tests the control, under one tool, "" for none; what it prints goes to `log`.
+
+    `options` are pytest's.
+    """
+    program = ["pytest", "-q", "-p", "no:cacheprovider", *options, *tests] if tests else [CONTROL]
+    python = [sys.executable, "-m", *program]
     sanitizer = [os.environ.get("COMPUTE_SANITIZER", "compute-sanitizer"), "--tool", tool, "--print-limit", "50"]
     settings = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else dict(os.environ)
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
         try:
-            subprocess.run([*sanitizer, *pytest] if tool else pytest, cwd=ROOT, env=settings, stdout=file,
+            subprocess.run([*sanitizer, *python] if tool else python, cwd=ROOT, env=settings, stdout=file,
                            stderr=subprocess.STDOUT, timeout=seconds, check=False)
         except subprocess.TimeoutExpired:
             file.write(f"\nstopped after {seconds} s\n")
@@ -126,6 +134,9 @@ def main() -> None:
                            {"environment": facts, "command": COMMAND, "tests": tests,
                             "verdicts": [asdict(verdict) for verdict in verdicts]})
         record(*figures_of(verdicts[-1:], facts["device"]))
+    control = run_tool("racecheck", (), arguments.out / "control.log", arguments.seconds)
+    record(Figure(issue="kernels", figure="compute-sanitizer racecheck: reports about a control that is right",
+                  value=float(control.reports), bar=">= 0", unit="reports", where=facts["device"], command=COMMAND))
     if not all(verdict.is_clean for verdict in verdicts):
         sys.exit(f"not clean: see {arguments.out}")
 
