@@ -11,7 +11,10 @@ those of ours. `launched` finds it by a key of its own, made of all that Triton 
 launcher.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +24,9 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 Grid = tuple[int, ...]
+COMPILERS = 8  # threads: a call that selects has six kernels, its exact rival one
+
+_COMPILES_ONLY: ContextVar[bool] = ContextVar("sparsify_compiles_only", default=False)
 
 
 class Launched:
@@ -38,6 +44,9 @@ class Launched:
         return partial(self._launch, grid)
 
     def _launch(self, grid: Grid, *args: Any, **keywords: Any) -> None:
+        if self._is_compiled and _COMPILES_ONLY.get():
+            self.kernel.warmup(*args, grid=grid, **keywords)
+            return
         if not self._is_compiled or _is_watched():
             self.kernel[grid](*args, **keywords)
             return
@@ -65,6 +74,20 @@ class Launched:
 def launched(kernel: Any) -> Launched:
     """Decorator of a Triton or Gluon kernel that the host launches."""
     return Launched(kernel)
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Launches inside only compile, all of them at once in threads; done at the end. Errors are left to the launches.
+
+    What kernels would have written stays unset: nothing inside may depend on it.
+    """
+    with ThreadPoolExecutor(COMPILERS) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        token = _COMPILES_ONLY.set(True)
+        try:
+            yield
+        finally:
+            _COMPILES_ONLY.reset(token)
 
 
 def describe_arguments(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:

@@ -13,7 +13,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
-from sparsify.kernels.launch import Launched, describe_arguments, descriptor  # noqa: E402
+from sparsify.kernels.launch import Launched, compiling_ahead, describe_arguments, descriptor  # noqa: E402
 
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 MEMORY = torch.zeros(1024, dtype=torch.bfloat16)
@@ -71,7 +71,7 @@ class Kernel:
     function, packed_metadata = 17, (4,)
 
     def __init__(self):
-        self.slow, self.fast = [], []
+        self.slow, self.fast, self.compiled = [], [], []
 
     def __getitem__(self, grid):
         def launch(*args, **keywords):
@@ -81,6 +81,10 @@ class Kernel:
 
     def run(self, *args):
         self.fast.append(args)
+
+    def warmup(self, *args, grid, **keywords):
+        assert triton.runtime._async_compile.active_mode.get() is not None
+        self.compiled.append((grid, args, keywords))
 
 
 def fast(monkeypatch):
@@ -116,6 +120,16 @@ def test_who_watches_launches_sees_them(monkeypatch):
     assert len(kernel.slow) == 2 and len(kernel.fast) == 1
 
 
+def test_ahead_of_calls_kernels_are_compiled_and_not_launched(monkeypatch):
+    launched, kernel = fast(monkeypatch)
+    with pytest.raises(KeyError), compiling_ahead():
+        launched[(3,)](MEMORY, 5, BLOCK=64)
+        raise KeyError
+    assert len(kernel.compiled) == 1 and not kernel.slow
+    launched[(3,)](MEMORY, 5, BLOCK=64)
+    assert len(kernel.compiled) == 1 and len(kernel.slow) == 1
+
+
 @pytest.mark.parametrize("change", [{"n": 1}, {"BLOCK": 32}, {"num_warps": 8}, {"x": MEMORY[1:]}])
 def test_another_kernel_is_asked_of_triton(monkeypatch, change):
     launched, kernel = fast(monkeypatch)
@@ -141,3 +155,25 @@ def test_selection_and_attention_launch_without_triton_the_second_time(monkeypat
     call(1024)
     with pytest.raises(pytest.fail.Exception, match="Triton was asked"):
         call(63)  # ragged: other kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch):
+    from sparsify.kernels.hopper import LEVELS, _fill_queue
+
+    counts = torch.full((700,), 2, dtype=torch.int32, device="cuda")
+    queue = torch.zeros(700, dtype=torch.int64, device="cuda")
+    cursors = torch.zeros(LEVELS + 1, dtype=torch.int32, device="cuda")
+
+    def call(warps):
+        _fill_queue[(1,)](counts, queue, cursors, 700, 5, LEVELS=LEVELS, CHUNK=512, TILE=2, num_warps=warps)
+
+    with compiling_ahead():
+        call(2)
+    assert not queue.any(), "nothing was launched"
+    monkeypatch.setattr(_fill_queue.kernel, "compile", lambda *args, **keywords: pytest.fail("compiled"))
+    call(2)
+    assert queue.any()
+    with pytest.raises(pytest.fail.Exception, match="compiled"):
+        call(1)
