@@ -48,6 +48,7 @@ from sparsify.kernels.statistics import summarise_keys
 
 STAGES = 2  # summary vectors in flight
 PACK_WARPS = 4
+PACK_WIDTH = 256  # key blocks at once
 REGISTERS = 255  # all of them; left alone, ptxas took 32 for float32 and spilled the rest
 PROGRAMS_PER_MULTIPROCESSOR = 2  # one computes exponentials while the other waits for vectors
 
@@ -329,6 +330,35 @@ def _estimate_masked_peaks(q, k, key_mask, kinds, bias, singles, mean, variance,
         tl.debug_barrier()  # and the next query block writes them anew
 
 
+@triton.jit
+def _judge_blocks(start, seen, peaks, single_count, rest_count, kinds, protected, row, batch, first_row,
+                  stride_count_batch, stride_protected_batch, key_blocks, L, offset, sinks, local, ROWS: tl.constexpr,
+                  BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+                  PROTECTED: tl.constexpr):
+    """Of WIDTH key blocks from `start` on: ids, peaks, which a query block may keep, and which of them it must.
+
+    `seen` are the allowed ones before; comes back with those in here.
+    """
+    blocks = start + tl.arange(0, WIDTH)
+    inside = blocks < key_blocks
+    peak = tl.load(peaks + row.to(tl.int64) * key_blocks + blocks, inside, other=0.0)
+    if PLAIN:
+        last_row = tl.minimum(first_row + ROWS, L) - 1
+        allowed = inside & (blocks * BLOCK <= last_row + offset)
+        if HAS_KEY_MASK:
+            counts_at = batch * stride_count_batch + blocks
+            keys = tl.load(single_count + counts_at, inside, other=0) + tl.load(rest_count + counts_at, inside, other=0)
+            allowed &= keys > 0
+    else:
+        allowed = tl.load(kinds + blocks, inside, other=0) != 0
+    boundary = tl.maximum((first_row + offset + 1) >> 6, 0)  # the first; an arithmetic shift is a floor
+    forced = seen + tl.cumsum(allowed.to(tl.int32), 0) <= sinks
+    forced |= (blocks >= boundary - local) & (boundary < key_blocks)
+    if PROTECTED:
+        forced |= tl.load(protected + batch.to(tl.int64) * stride_protected_batch + blocks, inside, other=0) != 0
+    return blocks, peak, allowed, forced, seen + tl.sum(allowed.to(tl.int32), 0)
+
+
 @launched
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "list_capacity", "H", "L", "offset", "sinks", "local",
                                "tolerance", "max_density"])
@@ -340,51 +370,55 @@ def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts,
     row = tl.program_id(0)
     query_block = row % query_blocks
     batch = row // query_blocks // H
-    blocks = tl.arange(0, WIDTH)
-    inside = blocks < key_blocks
-    peak = tl.load(peaks + row.to(tl.int64) * key_blocks + blocks, inside, other=0.0)
-
     first_row = query_block * ROWS
-    if PLAIN:
-        last_row = tl.minimum(first_row + ROWS, L) - 1
-        allowed = inside & (blocks * BLOCK <= last_row + offset)
-        if HAS_KEY_MASK:
-            counts_at = batch * stride_count_batch + blocks
-            keys = tl.load(single_count + counts_at, inside, other=0) + tl.load(rest_count + counts_at, inside, other=0)
-            allowed &= keys > 0
-    else:
+    if not PLAIN:
         kinds += batch.to(tl.int64) * stride_kinds_batch + query_block.to(tl.int64) * key_blocks
-        allowed = tl.load(kinds + blocks, inside, other=0) != 0
-    boundary = tl.maximum((first_row + offset + 1) >> 6, 0)  # the first; an arithmetic shift is a floor
-    sink = tl.cumsum(allowed.to(tl.int32), 0) <= sinks
-    near = (blocks >= boundary - local) & (boundary < key_blocks)
-    forced = sink | near
-    if PROTECTED:
-        forced |= tl.load(protected + batch.to(tl.int64) * stride_protected_batch + blocks, inside, other=0) != 0
     if SHIFTS > 0:  # numbers of the launch, not of memory: no copy to the device, so graphs capture it as it is
         head = row // query_blocks % H
         shift = 1.0
         for i in tl.static_range(SHIFTS):
             shift = tl.where(head == i, shifts[i], shift)
         tolerance = tolerance * shift
-    keep = allowed & (forced | (peak >= tolerance))
-    most = max_density * tl.sum(allowed.to(tl.int32), 0).to(tl.float32)
-    threshold = tl.where(tl.sum(keep.to(tl.int32), 0).to(tl.float32) > most, 0.0, tolerance)
-    keep = allowed & (forced | (peak >= threshold))
 
-    # An odd number: the best block that is left, the later one of equals; else padding.
-    count = tl.sum(keep.to(tl.int32), 0)
-    spare = tl.where(allowed & (keep == 0), peak, -1.0)
-    best = tl.max(spare, 0)
-    chosen = tl.max(tl.where((spare == best) & (spare >= 0.0), blocks, -1), 0)
-    keep = keep | ((blocks == chosen) & (count % 2 == 1))
-    count = tl.sum(keep.to(tl.int32), 0)
-    even = tl.maximum((count + 1) // 2 * 2, 2)
-    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    # WIDTH blocks at a time, whatever the length: one kernel for all. First what the row keeps, and the best block that
+    # is left, the later one of equals.
+    total = 0
+    count = 0
+    best = -1.0
+    chosen = -1
+    for start in range(0, key_blocks, WIDTH):
+        blocks, peak, allowed, forced, total = _judge_blocks(
+            start, total, peaks, single_count, rest_count, kinds, protected, row, batch, first_row, stride_count_batch,
+            stride_protected_batch, key_blocks, L, offset, sinks, local, ROWS, BLOCK, WIDTH, PLAIN, HAS_KEY_MASK,
+            PROTECTED)
+        keep = allowed & (forced | (peak >= tolerance))
+        count += tl.sum(keep.to(tl.int32), 0)
+        spare = tl.where(allowed & (keep == 0), peak, -1.0)
+        best_here = tl.max(spare, 0)
+        here = tl.max(tl.where((spare == best_here) & (spare >= 0.0), blocks, -1), 0)
+        chosen = tl.where((here >= 0) & (best_here >= best), here, chosen)
+        best = tl.maximum(best, best_here)
+    if count.to(tl.float32) > max_density * total.to(tl.float32):
+        tolerance = 0.0
+        count = total
+        chosen = -1
+    chosen = tl.where(count % 2 == 1, chosen, -1)
+
+    # Then the list: ascending, evened out by that block or by padding.
     entries = kept + row.to(tl.int64) * list_capacity
-    tl.store(entries + place, blocks, keep)
+    total = 0
+    count = 0
+    for start in range(0, key_blocks, WIDTH):
+        blocks, peak, allowed, forced, total = _judge_blocks(
+            start, total, peaks, single_count, rest_count, kinds, protected, row, batch, first_row, stride_count_batch,
+            stride_protected_batch, key_blocks, L, offset, sinks, local, ROWS, BLOCK, WIDTH, PLAIN, HAS_KEY_MASK,
+            PROTECTED)
+        keep = (allowed & (forced | (peak >= tolerance))) | (blocks == chosen)
+        tl.store(entries + count + tl.cumsum(keep.to(tl.int32), 0) - 1, blocks, keep)
+        count += tl.sum(keep.to(tl.int32), 0)
+    even = tl.maximum((count + 1) // 2 * 2, 2)
     for start in range(0, list_capacity, WIDTH):
-        entry = start + blocks
+        entry = start + tl.arange(0, WIDTH)
         padding = tl.where(entry < even, key_blocks + entry - count, 0)
         tl.store(entries + entry, padding, (entry >= count) & (entry < list_capacity))
     tl.store(counts + row, even)
@@ -418,7 +452,7 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
         peaks, single_count, rest_count, kinds, protected, kept, counts, count_stride, _batch_stride(kinds),
         _batch_stride(protected), query_blocks, key_blocks, kept.shape[3], H, L, _offset(masks.causal_offset, S),
         tolerance, None if shifts is None else tuple(shifts), max_density, sinks, local,
-        ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=triton.next_power_of_2(key_blocks), PLAIN=kinds is None,
+        ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=PACK_WIDTH, PLAIN=kinds is None,
         HAS_KEY_MASK=masks.key_mask is not None, SHIFTS=0 if shifts is None else len(shifts),
         PROTECTED=protected is not None, num_warps=PACK_WARPS)
     return KeptLists(kept, counts)

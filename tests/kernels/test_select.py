@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import RULE, Case, assert_lists_obey, draw_masks, named, qkv
 
-from sparsify.kernels import oracle
+from sparsify.kernels import oracle, select
 from sparsify.kernels.blocks import protected_blocks
 from sparsify.kernels.select import estimated_peaks, runs_on_hopper, select_blocks
 from tests.numerics import judge
@@ -89,6 +89,15 @@ def test_shifts_and_protected_keys_are_part_of_the_rule(case, rng, poisoned_memo
     protected = draw_protected(rng, case)
     check(rng, case, torch.float32, tolerance=0.3, shifts=[1.0, 0.1], protected=protected)
     check(rng, case, torch.float32, tolerance=0.3, shifts=[0.0, 0.5], protected=protected[:1], max_density=0.7)
+
+
+@pytest.mark.parametrize(("case", "width"), [(SMALL[4], 4), (SMALL[5], 4), (MASKED[2], 2), (SMALL[6], 32)], ids=str)
+@pytest.mark.parametrize("max_density", [0.6, 1.0])
+def test_lists_are_packed_some_blocks_at_a_time(case, width, max_density, rng, poisoned_memory, monkeypatch):
+    """One kernel for every length: lists longer than its width are the same."""
+    monkeypatch.setattr(select, "PACK_WIDTH", width)
+    check(rng, case, torch.float32, tolerance=0.2, max_density=max_density)
+    check(rng, case, torch.float32, tolerance=0.3, shifts=[1.0, 0.1][:case.H], protected=draw_protected(rng, case))
 
 
 @pytest.mark.parametrize("told", [{"shifts": None}, {"shifts": [0.1, 1.0]}, {"protected": None}], ids=str)
