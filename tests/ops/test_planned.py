@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
+from torch._subclasses import FakeTensorMode
 
 from sparsify import ops
 from sparsify.errors import OptionError, ShapeError
@@ -64,6 +66,14 @@ def layouts(case: Case) -> dict[str, Case]:
     }
 
 
+def tells_the_truth(op, *arguments) -> bool:
+    """Whether the fake of an op has the strides of what it returns. torch 2.11's opcheck does not look at them."""
+    with FakeTensorMode() as mode:
+        fake = op(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+    real = op(*arguments)
+    return fake.shape == real.shape and fake.dtype == real.dtype and fake.stride() == real.stride()
+
+
 @pytest.mark.parametrize("kv_len", [100, 200])
 def test_fakes_tell_the_strides_that_kernels_make(kv_len, rng):
     drawn = Case.random(rng, torch.device("cpu"), 130, kv_len, 3, "left", head_dims=(64, 32))
@@ -71,6 +81,7 @@ def test_fakes_tell_the_strides_that_kernels_make(kv_len, rng):
         arguments = (*case.qkv, *case.arguments, EDGES, *TABLE.values(), 0, ops.VERSION)
         result = torch.library.opcheck(torch.ops.sparsify.planned_attention.default, arguments)
         assert set(result.values()) == {"SUCCESS"}, name
+        assert tells_the_truth(torch.ops.sparsify.planned_attention.default, *arguments), name
 
 
 def test_a_lying_fake_is_caught(rng):
@@ -80,8 +91,8 @@ def test_a_lying_fake_is_caught(rng):
         library.define("liar(Tensor q) -> Tensor")
         library.impl("liar", lambda q: q.contiguous(), "CPU")
         torch.library.register_fake("sparsify_test::liar", torch.empty_like, lib=library)
-        with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError):
-            torch.library.opcheck(torch.ops.sparsify_test.liar.default, (case.q,))
+        assert not tells_the_truth(torch.ops.sparsify_test.liar.default, case.q)
+        assert tells_the_truth(torch.ops.sparsify_test.liar.default, case.q.contiguous())
 
 
 def test_counting_sees_the_bucket(rng, device):
