@@ -22,7 +22,7 @@ EXTRAS = {
 
 SOURCES = {
     path.relative_to(ROOT / "sparsify").as_posix(): ROOT / "sparsify" / path.relative_to(ROOT / "sparsify")
-    for folder in ("", "ops", "passes", "kernels", "models", "calibration")
+    for folder in ("", "ops", "passes", "kernels", "models", "calibration", "exporters")
     for path in sorted((ROOT / "sparsify" / folder).glob("*.py"))
 }
 
