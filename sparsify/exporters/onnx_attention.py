@@ -33,6 +33,8 @@ DOMAIN = "sparsify"
 OPSETS = range(20, 25)
 FEW_QUERIES = 32
 """Up to so many queries a call is exact: summaries would read as many keys as attention does."""
+FEW_KEYS = 384
+"""Up to so many keys a dense bucket makes all scores at once: blocks cost more nodes than they save products."""
 
 HIDDEN, GHOST = -(2.0**100), -(2.0**98)
 """Finite, in place of -inf: softmax over nothing but -inf is NaN. A hidden key is below the ghost. A power of two, so
@@ -95,7 +97,7 @@ def function_text(kind: Kind, opset: int) -> str:
     """The function, as `onnx.parser.parse_function` reads it."""
     text = Text()
     call = _Call(text, kind)
-    out = text.branch(call.q_len <= text.integer(FEW_QUERIES), call.at_once, lambda: _by_blocks(call))
+    out = text.branch(call.is_small, call.at_once, lambda: _by_blocks(call))
     out = text.CastLike(out, text.input("q"))
     return text.function(DOMAIN, kind.name, opset, ("q", "k", "v", *kind.inputs), kind.attributes, out)
 
@@ -130,8 +132,21 @@ class _Call:
         self.key_mask = text.input("key_mask") if kind.key_mask else None
         self.query_documents, self.key_documents = (
             text.input(name).to(INT64) if kind.documents else None for name in ("query_documents", "key_documents"))
+        self.bucket, self.tolerance, is_small = self._bucket()
+        self.is_small = is_small | (self.q_len <= text.integer(FEW_QUERIES))
         self.added = self._added()
         self.sink = text.input("sink_logits").to(FLOAT) if kind.sinks else None
+
+    def _bucket(self) -> tuple[Value, Value, Value]:
+        """The bucket of the key length, its tolerance, and whether it is a dense one of few keys."""
+        text = self.text
+        few = self.kv_len <= text.integer(FEW_KEYS)
+        if not self.kind.sparse:
+            return text.integer(0), text.real(0), few
+        edges, tolerances = text.attribute("edges", "ints"), text.attribute("tolerances", "floats")
+        bucket = text.ReduceSum((self.kv_len >= edges).to(INT64), text.ints(0), keepdims=0)
+        tolerance = tolerances.take(bucket)
+        return bucket, tolerance, few & (tolerance <= text.real(0))
 
     def _added(self) -> Value | None:
         """What attn_mask adds to the scores, finite."""
@@ -184,11 +199,20 @@ class _Call:
                                                  self.key_documents.unsqueeze(1, 2))
         if self.added is not None:
             scores = scores + self.added
-        ghost = text.real(GHOST) if self.sink is None else self.sink.unsqueeze(1, 2)
-        scores = text.Concat(scores, ghost.expand(self.batch, self.heads, self.rows, 1), axis=-1)
-        weights = text.Softmax(scores, axis=-1).slice(text.ints(0), text.ints(-1), axis=-1)
+        if self.kind.hides or self.kind.sinks:
+            ghost = text.real(GHOST) if self.sink is None else self.sink.unsqueeze(1, 2)
+            scores = text.Concat(scores, ghost.expand(self.batch, self.heads, self.rows, 1), axis=-1)
+            weights = text.Softmax(scores, axis=-1).slice(text.ints(0), text.ints(-1), axis=-1)
+        else:
+            weights = text.Softmax(scores, axis=-1)
         mixed = text.MatMul(weights.reshape(self.batch, self.kv_heads, -1, self.keys), self.v)
-        return mixed.reshape(self.batch, self.heads, self.rows, self.value_dim)
+        return self.cleared(mixed.reshape(self.batch, self.heads, self.rows, self.value_dim))
+
+    def cleared(self, out: Value) -> Value:
+        """Zeros for rows before the first key, where causality alone may leave a row without any."""
+        if self.offset is None or self.kind.hides or self.kind.sinks:
+            return out
+        return out * (self.text.range(self.q_len) + self.offset >= self.text.integer(0)).to(FLOAT).unsqueeze(1)
 
 
 class _Blocks:
@@ -324,11 +348,9 @@ class _Blocks:
         allowed = self.allowed.unsqueeze(1, 3)
         if not self.kind.sparse:
             return self._flat(text.Expand(allowed, self.kept_shape))
-        edges, tolerances = text.attribute("edges", "ints"), text.attribute("tolerances", "floats")
-        bucket = text.ReduceSum((self.call.kv_len >= edges).to(INT64), text.ints(0), keepdims=0)
-        tolerance = tolerances.take(bucket)
-        return text.branch(tolerance <= text.real(0), lambda: self._flat(text.Expand(allowed, self.kept_shape)),
-                           lambda: self._flat(self._select(bucket, tolerance)))
+        return text.branch(self.call.tolerance <= text.real(0),
+                           lambda: self._flat(text.Expand(allowed, self.kept_shape)),
+                           lambda: self._flat(self._select(self.call.bucket, self.call.tolerance)))
 
     def _flat(self, kept: Value) -> Value:
         return kept.reshape(-1, self.k_blocks)
@@ -447,10 +469,7 @@ class _Blocks:
         out = text.loop(self.q.size(0).scalar(), step)
         out = out.reshape(call.batch, call.kv_heads, self.q_blocks, call.group, QUERY_BLOCK, call.value_dim)
         out = text.Transpose(out, perm=[0, 1, 3, 2, 4, 5]).reshape(call.batch, call.heads, self.rows, call.value_dim)
-        out = out.slice(text.ints(0), call.rows, axis=2)
-        if call.offset is not None and not self.kind.hides:
-            out = out * (text.range(call.q_len) + call.offset >= text.integer(0)).to(FLOAT).unsqueeze(1)
-        return out
+        return call.cleared(out.slice(text.ints(0), call.rows, axis=2))
 
     def _bias(self, blocks: Value, at: Value, head_at: Value | None) -> Value:
         """What the masks add to the scores of query block `at` of a KV head against the key blocks at `blocks`.
