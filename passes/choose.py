@@ -36,7 +36,8 @@ def choose_budgets(sites: Sequence[ProvenSite | Refused], plan: Plan,
                    tables: bool = False) -> list[ChosenSite | Refused]:
     """Give every site its budget. `strict`: see `strict_symbols`; the first site is number `first_index`.
 
-    tables: a site whose length may be in several buckets gets them all, in a graph that is not compiled per bucket.
+    tables: a site that may drop something gets all buckets that its length may be in, be it one: no graph is compiled
+    per bucket.
     """
     plan = plan.merged()
     chosen: list[ChosenSite | Refused] = []
@@ -51,7 +52,7 @@ def choose_budgets(sites: Sequence[ProvenSite | Refused], plan: Plan,
         buckets, how = _buckets_of(site.kv_len, plan, strict, tables)
         fitted = [_fit(bucket.budget_of(index), site) for bucket in buckets]
         how = "; ".join(dict.fromkeys((how, *(why for _, why in fitted if why))))
-        if tables and len(buckets) > 1:
+        if tables:
             chosen.append(_with_table(proven, buckets, [budget for budget, _ in fitted], how))
             continue
         bucket, budget = min(zip(buckets, (budget for budget, _ in fitted), strict=True),
@@ -69,13 +70,13 @@ def _fit(budget: Budget, site: AttentionSite) -> tuple[Budget, str]:
 
 
 def _with_table(proven: ProvenSite, buckets: Sequence[Bucket], budgets: Sequence[Budget], how: str) -> ChosenSite:
-    """A site with the budgets of several buckets, equal neighbours joined; with one, if they are all equal."""
+    """A site with the budgets of its buckets, equal neighbours joined; without a table where all are dense."""
     table = Plan(tuple(Bucket(1 if i == 0 else bucket.lo, None if i + 1 == len(buckets) else bucket.hi, budget)
                        for i, (bucket, budget) in enumerate(zip(buckets, budgets, strict=True)))).merged().buckets
     span = Bucket(buckets[0].lo, buckets[-1].hi, table[0].budget)
-    if len(table) == 1:
-        return ChosenSite(proven.site, proven.mask, span, span.budget, "one budget over the range of the key length")
-    drops = next(bucket.budget for bucket in table if not bucket.budget.is_dense)
+    drops = next((bucket.budget for bucket in table if not bucket.budget.is_dense), None)
+    if drops is None:
+        return ChosenSite(proven.site, proven.mask, span, Budget.dense(), how)
     return ChosenSite(proven.site, proven.mask, span, drops, how, table=table)
 
 

@@ -92,7 +92,7 @@ class _Rewriter:
         else:
             op = self.replace(index, chosen)
         budget = str(chosen.budget)
-        if chosen.table is not None:
+        if chosen.table is not None and len(chosen.table) > 1:
             budget = "; ".join(f"{bucket} {bucket.budget}" for bucket in chosen.table)
         return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why, site.output.node.name,
                           str(chosen.mask), str(chosen.bucket), budget, op, depends, *_sizes(site),

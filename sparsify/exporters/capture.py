@@ -215,6 +215,7 @@ def _key_length(graph: fx.Graph) -> sympy.Expr | None:
     """The key length that decides over buckets: of most of the sites with a table."""
     lengths = [expression(node.args[1].meta["val"].shape[2])
                for node in graph.find_nodes(op="call_function", target=PLANNED)]
+    lengths = [length for length in lengths if length.free_symbols]
     return max(lengths, key=lengths.count, default=None)
 
 
@@ -277,22 +278,30 @@ def _solve(captured: Captured, length: int | None, batch: int | None) -> dict[sy
     if length is not None:
         expr = _checked_key_length(captured, length)
         free = [symbol for symbol in expr.free_symbols if symbol not in rows]
-        solutions = sympy.solve(expr.subs(rows) - length, free[0]) if len(free) == 1 else []
-        if len(solutions) != 1 or not solutions[0].is_Integer:
+        size = solve_size(expr.subs(rows), length)
+        if size is None:
             raise OptionError(f"length is {length} and the key length of this model is {expr}. Give a length that it "
                               "can have.")
         example = others[free[0]]
-        others = {symbol: int(solutions[0]) if size == example else size for symbol, size in others.items()}
+        others = {symbol: size if old == example else old for symbol, old in others.items()}
     return {**rows, **others}
 
 
 def _learn(values: dict[sympy.Symbol, int], symbol: sympy.Symbol, expr: sympy.Expr, size: int) -> None:
     """Note what a symbol was in the example, where one dim tells."""
-    if symbol in values or len(expr.free_symbols) != 1:
-        return
-    solutions = sympy.solve(expr - size, symbol)
-    if len(solutions) == 1:
-        values[symbol] = int(solutions[0])
+    known = solve_size(expr, size)
+    if known is not None:
+        values.setdefault(symbol, known)
+
+
+def solve_size(expr: sympy.Expr, size: int) -> int | None:
+    """The value of the only symbol of `expr` that makes it `size`; None: there is none, or not exactly one."""
+    symbols = list(expr.free_symbols)
+    try:
+        solutions = sympy.solve(expr - size, symbols[0]) if len(symbols) == 1 else []
+    except NotImplementedError:  # sympy knows no way for this kind of expression
+        return None
+    return int(solutions[0]) if len(solutions) == 1 and solutions[0].is_Integer else None
 
 
 def _checked_key_length(captured: Captured, length: int) -> sympy.Expr:

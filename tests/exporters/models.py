@@ -17,14 +17,12 @@ __all__ = ["ALWAYS", "BATCH", "EDGE", "PLAN", "SECOND_EDGE", "TWO_EDGES", "Atten
 
 
 class Attend(nn.Module):
-    """One causal attention of four heads between projections, with nothing of a library in it."""
+    """One causal attention of four heads between projections, with nothing of a library in it; flat: much may drop."""
 
     def __init__(self, width: int = 32, heads: int = 4) -> None:
         super().__init__()
         self.heads = heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        with torch.no_grad():
-            self.qkv.weight.mul_(4)  # sharp enough that blocks are droppable
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
