@@ -50,6 +50,7 @@ def translate(program: ExportedProgram, opset: int, form: str) -> ir.Model:
                           "change the model.") from error
     assert exported is not None  # only None where torch wrote the file itself
     model = exported.model
+    _widen_rotations(model)
     kinds = {_name_kind(node) for node in model.graph.all_nodes() if node.domain == DOMAIN}
     for kind in sorted(kinds, key=lambda kind: kind.name):
         function = ir.serde.deserialize_function(onnx.parser.parse_function(function_text(kind, opset)))
@@ -57,6 +58,27 @@ def translate(program: ExportedProgram, opset: int, form: str) -> ir.Model:
     if kinds:
         model.opset_imports[DOMAIN] = 1
     return _inlined(model) if form == "inline" else model
+
+
+def _widen_rotations(model: ir.Model) -> None:
+    """Give RotaryEmbedding tables of the whole batch: torch's exporter (onnxscript 0.7) fuses rotations by one table for
+    all rows into it, which is against the operator's definition, and onnxruntime refuses a batch of 2."""
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "RotaryEmbedding" or node.domain or len(node.inputs) != 3:
+            continue
+        x, *tables = node.inputs
+        assert x is not None
+        if x.shape is None or all(table is not None and table.shape is not None and table.shape[0] == x.shape[0]
+                                  for table in tables):
+            continue
+        rows = ir.node("Shape", [x], attributes={"start": 0, "end": 1})
+        ones = ir.node("Constant", [], attributes={"value_ints": [1, 1]})
+        shape = ir.node("Concat", [rows.outputs[0], ones.outputs[0]], attributes={"axis": 0})
+        wide = [ir.node("Expand", [table, shape.outputs[0]]) for table in tables]
+        assert node.graph is not None
+        node.graph.insert_before(node, [rows, ones, shape, *wide])
+        for place, table in enumerate(wide, 1):
+            node.replace_input_with(place, table.outputs[0])
 
 
 def _inlined(model: ir.Model) -> ir.Model:
