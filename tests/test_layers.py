@@ -15,6 +15,9 @@ REST = 3
 # sympy comes with torch and speaks for its symbolic shapes; mpmath, its arithmetic, comes with it.
 CORE = {"torch", "packaging", "sympy", "mpmath", "sparsify"}
 EXTRAS = {
+    "exporters/decoder.py": {"transformers"},
+    "exporters/onnx.py": {"onnx", "onnx_ir", "onnxruntime", "google"},
+    "exporters/onnx_translate.py": {"onnx", "onnx_ir", "onnxscript"},
     "cli.py": {"typer", "rich", "transformers"},
     "models/loading.py": {"transformers"},
     "models/tasks.py": {"numpy", "tokenizers"},

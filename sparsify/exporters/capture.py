@@ -277,12 +277,14 @@ def _solve(captured: Captured, length: int | None, batch: int | None) -> dict[sy
         rows = dict.fromkeys(rows, batch)
     if length is not None:
         expr = _checked_key_length(captured, length)
-        free = [symbol for symbol in expr.free_symbols if symbol not in rows]
-        size = solve_size(expr.subs(rows), length)
+        # Of several lengths, as the past and the new tokens of a decoder, the longest changes.
+        *kept, free = sorted((symbol for symbol in expr.free_symbols if symbol not in rows),
+                             key=lambda symbol: (others[symbol], str(symbol)))
+        size = solve_size(expr.subs({**rows, **{symbol: others[symbol] for symbol in kept}}), length)
         if size is None:
             raise OptionError(f"length is {length} and the key length of this model is {expr}. Give a length that it "
                               "can have.")
-        example = others[free[0]]
+        example = others[free]
         others = {symbol: size if old == example else old for symbol, old in others.items()}
     return {**rows, **others}
 

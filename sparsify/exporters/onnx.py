@@ -6,6 +6,7 @@ Inputs and outputs are named by their place in the call: `input_ids`, `past_key_
 hold what the file says of itself, and the plan's fingerprint and bucket table by themselves for other readers.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,9 @@ from sparsify.plan import Plan
 
 OPTIONS = frozenset({"opset", "form"})
 FORMS = ("function", "inline")
+CHECKSUM, WEIGHTS = "sparsify.sha256", "sparsify.sha256_of_weights"
+"""Metadata: checksum of the file, with UNKNOWN in its own place, and of the weights where they are a file."""
+UNKNOWN = "checksum of this file".ljust(64, "-")
 LARGE = 1 << 30
 """Bytes of weights from which they get a file of their own, `model.onnx_data`; a protobuf holds 2 GiB."""
 
@@ -57,7 +61,15 @@ def save(model: ir.Model, captured: Captured, path: Path, contents: Contents) ->
     model.metadata_props.update({NAME: contents.to_json(), "sparsify.plan": contents.plan.hash,
                                  "sparsify.buckets": json.dumps(bucket_table(contents.plan))})
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}_data" if size >= LARGE else None)
+    if size >= LARGE:
+        # Loaded once, so that the model refers to the weights as the file will hold them, and says their checksum.
+        weights = path.with_name(f"{path.name}_data")
+        ir.save(model, path, external_data=weights.name)
+        model = ir.load(path)
+        model.metadata_props[WEIGHTS] = _checksum(weights)
+    model.metadata_props[CHECKSUM] = UNKNOWN
+    data = ir.serde.serialize_model(model).SerializeToString()
+    path.write_bytes(data.replace(UNKNOWN.encode(), hashlib.sha256(data).hexdigest().encode()))
 
 
 def bucket_table(plan: Plan) -> list[dict[str, Any]]:
@@ -70,6 +82,7 @@ def bucket_table(plan: Plan) -> list[dict[str, Any]]:
 def load(path: Path) -> Runner:
     """The file as a call, in ONNX Runtime on the CPU. Raises ExportError."""
     describe(path)
+    _check_whole(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # what it says of a broken file comes back as an error
@@ -94,35 +107,45 @@ def _runner(session: onnxruntime.InferenceSession) -> Callable[..., list[Tensor]
 
 def describe(path: Path) -> Contents:
     """What the file says of itself. Raises ExportError for a file that is damaged or not ours."""
+    return Contents.from_json(_metadata(path)[1][NAME], f"file {str(path)!r}")
+
+
+def _metadata(path: Path) -> tuple[onnx.ModelProto, dict[str, str]]:
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
-        raise ExportError(f"file {str(path)!r} cannot be read as ONNX ({_first_line(error)}). It is damaged, or no ONNX "
-                          "file: export the model again.") from error
+        raise ExportError(f"file {str(path)!r} cannot be read as ONNX ({_first_line(error)}). It is damaged, or no "
+                          "ONNX file: export the model again.") from error
     held = {prop.key: prop.value for prop in model.metadata_props}
     if NAME not in held:
-        raise ExportError(f"file {str(path)!r} was not written by sparsify: its metadata have no {NAME}. Give a file "
-                          "that sparsify.export wrote.")
-    contents = Contents.from_json(held[NAME], f"file {str(path)!r}")
-    _check_weights(model, path)
-    return contents
+        raise ExportError(f"file {str(path)!r} was not written by sparsify, or it is damaged: its metadata have no "
+                          f"{NAME}. Give a file that sparsify.export wrote.")
+    return model, held
 
 
-def _check_weights(model: onnx.ModelProto, path: Path) -> None:
-    """That the weights' file is there, and whole."""
-    ends: dict[str, int] = {}
-    for tensor in model.graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        if place:
-            ends[place["location"]] = max(ends.get(place["location"], 0),
-                                          int(place.get("offset", 0)) + int(place.get("length", 0)))
-    for name, end in ends.items():
+def _check_whole(path: Path) -> None:
+    """Compare the file, and the weights beside it, with their checksums."""
+    model, held = _metadata(path)
+    found = held.get(CHECKSUM, "")
+    data = path.read_bytes().replace(found.encode(), UNKNOWN.encode()) if found else b""
+    if hashlib.sha256(data).hexdigest() != found:
+        raise ExportError(f"file {str(path)!r} is damaged: its checksum is wrong. Export the model again, or copy the "
+                          "file again.")
+    places = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data
+              if entry.key == "location"}
+    for name in places:
         weights = path.with_name(name)
-        found = weights.stat().st_size if weights.is_file() else 0
-        if found < end:
-            raise ExportError(f"file {str(path)!r} has its weights in {name!r}, which "
-                              f"{f'has {found} bytes of {end}' if found else 'is not there'}. Keep the two together, "
-                              "or export the model again.")
+        if not weights.is_file():
+            raise ExportError(f"file {str(path)!r} has its weights in {name!r}, which is not beside it. Keep the two "
+                              "together, or export the model again.")
+        if _checksum(weights) != held.get(WEIGHTS):
+            raise ExportError(f"file {str(weights)!r}, the weights of {path.name!r}, is damaged: its checksum is "
+                              "wrong. Export the model again, or copy the two again.")
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name_values(model: ir.Model, program: ExportedProgram) -> None:

@@ -28,11 +28,10 @@ from dataclasses import dataclass, fields
 
 from sparsify.exporters.onnx_text import FLOAT, INT64, Text, Value
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, TILE
+from sparsify.ops.planned import FEW_QUERIES
 
 DOMAIN = "sparsify"
 OPSETS = range(20, 25)
-FEW_QUERIES = 32
-"""Up to so many queries a call is exact: summaries would read as many keys as attention does."""
 FEW_KEYS = 384
 """Up to so many keys a dense bucket makes all scores at once: blocks cost more nodes than they save products."""
 
@@ -265,15 +264,14 @@ class _Blocks:
         pairs = text.shape(1, self.q_blocks, self.k_blocks)
         allowed = (self.shown_count > text.real(0)).unsqueeze(1)
         cut: Value | None = None
-        self.forced: Value | None = None
-        key, row = text.range(self.k_count) * text.integer(KEY_BLOCK), text.range(self.q_count) * text.integer(QUERY_BLOCK)
-        self.row_starts = row.unsqueeze(1)
+        key = text.range(self.k_count) * text.integer(KEY_BLOCK)
+        row = text.range(self.q_count) * text.integer(QUERY_BLOCK)
         if call.offset is not None:
             last_row = text.Min(row + text.integer(QUERY_BLOCK), call.q_len) - text.integer(1)
             allowed = allowed & (key <= (last_row + call.offset).unsqueeze(1))
             self.edge_of_rows = (row + call.offset).unsqueeze(1)  # the last key of a query block's first row
             self.last_keys = key + text.integer(KEY_BLOCK - 1)
-            cut = self.boundary = (self.last_keys > self.edge_of_rows).unsqueeze(0)
+            cut = (self.last_keys > self.edge_of_rows).unsqueeze(0)
             if self.kind.window:
                 window = text.attribute("window", "int")
                 last_key = text.Min(key + text.integer(KEY_BLOCK), call.kv_len) - text.integer(1)
@@ -290,8 +288,8 @@ class _Blocks:
         self.allowed = text.Expand(allowed, pairs)
         self.cut = cut
         self.whole = self.allowed if cut is None else self.allowed & ~cut
-        free = text.Equal(self.shown_count, text.real(KEY_BLOCK)).unsqueeze(1)
-        self.free = self.whole & (free if call.added is None else ~free & free)
+        full = KEY_BLOCK if call.added is None else -1  # attn_mask may hide any key: no block is free
+        self.free = self.whole & text.Equal(self.shown_count, text.real(full)).unsqueeze(1)
 
     def _range_of_documents(self, ids: Value, block: int) -> tuple[Value, Value]:
         """Lowest and highest id of each block's visible tokens [1 or B, blocks]; of none: an empty range."""

@@ -90,12 +90,19 @@ class Value:
         return self.text.Slice(self, start, end, self.text.ints(axis))
 
 
+@dataclass(frozen=True)
+class _Line:
+    text: str
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+
 class Text:
     """Nodes of a function, written one after the other."""
 
     def __init__(self) -> None:
         self._constants: dict[str, Value] = {}
-        self._lines: list[str] = []
+        self._lines: list[_Line] = []
         self._count = 0
 
     def __getattr__(self, operator: str) -> Callable[..., Any]:
@@ -136,53 +143,56 @@ class Text:
     def branch(self, condition: Value, yes: Callable[[], Value], no: Callable[[], Value]) -> Value:
         """If: one tensor, from either branch."""
         result, yes_name, no_name = (self._name() for _ in range(3))
-        self._lines.append(f"{result} = If({condition.name}) <then_branch = {yes_name} () => ({yes_name}_out) {{")
+        self._always(f"{result} = If({condition.name}) <then_branch = {yes_name} () => ({yes_name}_out) {{",
+                     condition.name)
         self._body(yes, f"{yes_name}_out")
-        self._lines.append(f"}}, else_branch = {no_name} () => ({no_name}_out) {{")
+        self._always(f"}}, else_branch = {no_name} () => ({no_name}_out) {{")
         self._body(no, f"{no_name}_out")
-        self._lines.append("}>")
+        self._always("}>")
         return Value(self, result)
 
     def loop(self, count: Value, step: Callable[[Value], Value]) -> Value:
         """Loop: the tensors that `step` makes of 0, 1, ... count - 1, stacked along a new first axis."""
         result, at = self._name(), self._name()
         # onnxruntime wants trip count and condition.
-        self._lines.append(f"{result} = Loop({count.name}, {self.true().name}) <body = {result}_body "
-                           f"(int64 {at}, bool {at}_go) => ({at}_on, {at}_out) {{")
-        self._lines.append(f"{at}_on = Identity({at}_go)")
+        self._always(f"{result} = Loop({count.name}, {self.true().name}) <body = {result}_body "
+                     f"(int64 {at}, bool {at}_go) => ({at}_on, {at}_out) {{", count.name, self.true().name)
+        self._always(f"{at}_on = Identity({at}_go)")
         self._body(lambda: step(Value(self, at)), f"{at}_out")
-        self._lines.append("}>")
+        self._always("}>")
         return Value(self, result)
 
     def function(self, domain: str, name: str, opset: int, inputs: Sequence[str], attributes: Sequence[str],
                  output: Value) -> str:
         """The whole function; call it last."""
         header = f'<domain: "{domain}", opset_import: ["": {opset}]>\n'
-        return (header + f"{name} <{', '.join(attributes)}> ({', '.join(inputs)}) => (out)\n"
-                + "\n".join(["{", *self._everything(output), "}"]))
+        signature = f"{name} <{', '.join(attributes)}> ({', '.join(inputs)}) => (out)\n"
+        return header + signature + "\n".join(["{", *self._body_of([f"out = Identity({output.name})"], output), "}"])
 
-    def graph(self, name: str, opset: int, inputs: Sequence[str], outputs: Sequence[str], results: Sequence[Value],
-              ir_version: int) -> str:
-        """The same as a model; inputs and outputs with their types, as in `float[N] x`."""
-        header = f'<ir_version: {ir_version}, opset_import: ["": {opset}]>\n'
-        lines = [*(f"{value.name} = {call}" for call, value in self._constants.items()), *self._lines,
-                 *(f"{output.split()[-1]} = Identity({result.name})"
-                   for output, result in zip(outputs, results, strict=True))]
-        return header + f"{name} ({', '.join(inputs)}) => ({', '.join(outputs)})\n" + "\n".join(["{", *lines, "}"])
-
-    def _everything(self, output: Value) -> list[str]:
-        constants = [f"  {value.name} = {call}" for call, value in self._constants.items()]
-        return [*constants, *(f"  {line}" for line in self._lines), f"  out = Identity({output.name})"]
+    def _body_of(self, last: Sequence[str], output: Value) -> list[str]:
+        """The lines that the output needs, constants first."""
+        needed, lines = {output.name}, []
+        for line in reversed(self._lines):
+            if not line.outputs or needed.intersection(line.outputs):
+                needed.update(line.inputs)
+                lines.append(line.text)
+        constants = [f"{value.name} = {call}" for call, value in self._constants.items() if value.name in needed]
+        return [f"  {line}" for line in (*constants, *reversed(lines), *last)]
 
     def _body(self, write: Callable[[], Value], name: str) -> None:
         result = write()
-        self._lines.append(f"{name} = Identity({result.name})")
+        self._always(f"{name} = Identity({result.name})", result.name)
+
+    def _always(self, line: str, *inputs: str) -> None:
+        """A line of a subgraph: it stays."""
+        self._lines.append(_Line(line, (), inputs))
 
     def _node(self, operator: str, inputs: Sequence[Value], outputs: int, attributes: dict[str, Any]) -> Any:
         names = [self._name() for _ in range(outputs)]
         settings = ", ".join(f"{key}={_literal(x)}" for key, x in attributes.items())
         call = f"{operator}<{settings}>" if settings else operator
-        self._lines.append(f"{', '.join(names)} = {call}({', '.join(value.name for value in inputs)})")
+        given = tuple(value.name for value in inputs)
+        self._lines.append(_Line(f"{', '.join(names)} = {call}({', '.join(given)})", tuple(names), given))
         values = [Value(self, name) for name in names]
         return values[0] if outputs == 1 else values
 

@@ -46,6 +46,7 @@ def translate(program: ExportedProgram, opset: int, form: str) -> ir.Model:
     except Exception as error:  # whatever torch's exporter raises for a graph that it cannot translate
         reason = next((line for line in reversed(str(error.__cause__ or error).strip().splitlines()) if line.strip()),
                       type(error).__name__)
+        reason = reason.removesuffix("See the stack trace for more information.").strip()
         raise ExportError(f"the model cannot be written as ONNX of opset {opset}: {reason} Give another opset, or "
                           "change the model.") from error
     assert exported is not None  # only None where torch wrote the file itself
@@ -61,8 +62,11 @@ def translate(program: ExportedProgram, opset: int, form: str) -> ir.Model:
 
 
 def _widen_rotations(model: ir.Model) -> None:
-    """Give RotaryEmbedding tables of the whole batch: torch's exporter (onnxscript 0.7) fuses rotations by one table for
-    all rows into it, which is against the operator's definition, and onnxruntime refuses a batch of 2."""
+    """Give RotaryEmbedding tables of the whole batch.
+
+    torch's exporter (onnxscript 0.7) fuses rotations by one table for all rows into it, which is against the operator's
+    definition: onnxruntime refuses a batch of 2.
+    """
     for node in list(model.graph.all_nodes()):
         if node.op_type != "RotaryEmbedding" or node.domain or len(node.inputs) != 3:
             continue
@@ -116,7 +120,6 @@ def _register_schema() -> None:
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
     anything = sorted({*floats, "tensor(bool)", "tensor(int32)", "tensor(int64)"})
-    types = {"causal_offset": "Any0", "attn_mask": "Any1", "sink_logits": "Any2"}
     onnx.defs.register_schema(onnx.defs.OpSchema(
         PLACEHOLDER, DOMAIN, 1,
         inputs=[*(parameter(name, "T") for name in "qkv"),

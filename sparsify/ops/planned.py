@@ -19,6 +19,10 @@ from sparsify.ops.checks import check_inputs, check_protected, check_shifts, che
 from sparsify.ops.lists import attend_lists, has_kernels
 from sparsify.ops.select import keep_lists
 
+FEW_QUERIES = 32
+"""Up to so many queries a call is exact: summaries would read as many keys as attention does. Files in other formats
+hold to it too."""
+
 
 @torch.library.custom_op("sparsify::planned_attention", mutates_args=())
 def planned_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset: int | None, window: int | None,
@@ -31,9 +35,10 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offs
 
     Shapes and masks as in `sparsify.ops`. `edges` are the first key lengths of every bucket but the first, ascending;
     the other sequences hold one budget a bucket (see `sparsify.Budget`), `shifts` one factor a bucket and query head, a
-    bucket's heads together. A tolerance of 0.0 is exact attention. `peaks` is carried for who reads the table: the plan
-    alone decides, whatever was measured on a machine, so that a file gives the same everywhere. `site` and `version` as
-    in `adaptive_attention`. Returns out [B, H, q_len, Dv] in the dtype of q, laid out in memory as [B, q_len, H, Dv].
+    bucket's heads together. A tolerance of 0.0 is exact attention, and so is a call of at most `FEW_QUERIES`. `peaks`
+    is carried for who reads the table: the plan alone decides, whatever was measured on a machine, so that a file gives
+    the same everywhere. `site` and `version` as in `adaptive_attention`. Returns out [B, H, q_len, Dv] in the dtype of
+    q, laid out in memory as [B, q_len, H, Dv].
     Raises ShapeError, DeviceError, OptionError.
     """
     masks = check_inputs(q, k, v, Masks(causal_offset, window, key_mask, query_documents, key_documents, attn_mask,
@@ -56,7 +61,7 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offs
         check_shifts(factors, q)
     check_tolerance(tolerances[bucket])
     check_protected(protected, k)
-    if not tolerances[bucket] or not has_kernels(q, v):
+    if not tolerances[bucket] or q.shape[2] <= FEW_QUERIES or not has_kernels(q, v):
         if counters.is_counting():
             counters.record_all(site)
         return exact.run(exact.usual_kernel(q, k, v, masks), q, k, v, scale, masks)
