@@ -95,7 +95,7 @@ class Kind:
 def function_text(kind: Kind, opset: int) -> str:
     """The function, as `onnx.parser.parse_function` reads it."""
     text = Text()
-    call = _Call(text, kind)
+    call = Call(text, kind)
     out = text.branch(call.is_small, call.at_once, lambda: _by_blocks(call))
     out = text.CastLike(out, text.input("q"))
     return text.function(DOMAIN, kind.name, opset, ("q", "k", "v", *kind.inputs), kind.attributes, out)
@@ -104,21 +104,24 @@ def function_text(kind: Kind, opset: int) -> str:
 def selection_text(kind: Kind, opset: int) -> str:
     """Selection alone, for tests: bool [B, H, query blocks, key blocks], what a call of many queries keeps."""
     text = Text()
-    blocks = _Blocks(_Call(text, kind))
+    blocks = Blocks(Call(text, kind))
     kept = text.Reshape(blocks.kept(), blocks.kept_shape)  # [B, Hkv, query blocks, group, key blocks]
     kept = text.Transpose(kept, perm=[0, 1, 3, 2, 4]).reshape(0, -1, blocks.q_blocks, blocks.k_blocks)
     return text.function(DOMAIN, f"Selection_{kind.name}", opset, ("q", "k", "v", *kind.inputs), kind.attributes, kept)
 
 
-def _by_blocks(call: "_Call") -> Value:
-    blocks = _Blocks(call)
+def _by_blocks(call: "Call") -> Value:
+    blocks = Blocks(call)
     return blocks.attend(blocks.kept())
 
 
-class _Call:
-    """The inputs of a call in float32, their sizes, and its scores where all are wanted at once."""
+class Call:
+    """The inputs of a call in float32, their sizes, and its scores where all are wanted at once.
 
-    def __init__(self, text: Text, kind: Kind) -> None:
+    bucket   the number of the only bucket that calls are in; None: their key length says which
+    """
+
+    def __init__(self, text: Text, kind: Kind, bucket: int | None = None) -> None:
         self.text, self.kind = text, kind
         q, k, v = (text.input(name) for name in "qkv")
         self.batch, self.heads, self.rows, self.dim = (q.size(axis) for axis in range(4))
@@ -131,12 +134,12 @@ class _Call:
         self.key_mask = text.input("key_mask") if kind.key_mask else None
         self.query_documents, self.key_documents = (
             text.input(name).to(INT64) if kind.documents else None for name in ("query_documents", "key_documents"))
-        self.bucket, self.tolerance, is_small = self._bucket()
+        self.bucket, self.tolerance, is_small = self._bucket(bucket)
         self.is_small = is_small | (self.q_len <= text.integer(FEW_QUERIES))
         self.added = self._added()
         self.sink = text.input("sink_logits").to(FLOAT) if kind.sinks else None
 
-    def _bucket(self) -> tuple[Value, Value, Value]:
+    def _bucket(self, known: int | None) -> tuple[Value, Value, Value]:
         """The bucket of the key length, its tolerance, and whether it is a dense one of few keys."""
         text = self.text
         few = self.kv_len <= text.integer(FEW_KEYS)
@@ -144,6 +147,7 @@ class _Call:
             return text.integer(0), text.real(0), few
         edges, tolerances = text.attribute("edges", "ints"), text.attribute("tolerances", "floats")
         bucket = text.ReduceSum((self.kv_len >= edges).to(INT64), text.ints(0), keepdims=0)
+        bucket = bucket if known is None else text.integer(known)
         tolerance = tolerances.take(bucket)
         return bucket, tolerance, few & (tolerance <= text.real(0))
 
@@ -214,13 +218,13 @@ class _Call:
         return out * (self.text.range(self.q_len) + self.offset >= self.text.integer(0)).to(FLOAT).unsqueeze(1)
 
 
-class _Blocks:
+class Blocks:
     """A call in blocks. Query blocks of heads lie in the order (batch, KV head, query block, head of the group).
 
     Tables of masks hold the key blocks of one batch row behind those of another. A mask of one row serves all.
     """
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: Call) -> None:
         self.call, self.text, self.kind = call, call.text, call.kind
         text = self.text
         q_block, k_block = text.integer(QUERY_BLOCK), text.integer(KEY_BLOCK)
@@ -354,50 +358,67 @@ class _Blocks:
         return kept.reshape(-1, self.k_blocks)
 
     def _select(self, bucket: Value, tolerance: Value) -> Value:
-        """The rule of kernels/rule.py: bool [B, Hkv, query blocks, group, key blocks]."""
+        """bool [B, Hkv, query blocks, group, key blocks]: kept, as kernels/rule.py evens out what its rule says."""
+        singles = self.text.attribute("singles", PLAN["singles"]).take(bucket)
+        peaks = self.text.Reshape(self._peaks(singles), self.kept_shape)
+        return self._evened(self._keep(peaks, bucket, tolerance), peaks)
+
+    def _keep(self, peaks: Value, bucket: Value, tolerance: Value) -> Value:
+        """The rule itself."""
         text, call = self.text, self.call
 
         def of_bucket(name: str) -> Value:
             return text.attribute(name, PLAN[name]).take(bucket)
 
-        peaks = text.Reshape(self._peaks(of_bucket("singles")), self.kept_shape)
         if self.kind.shifts:
             shifts = text.attribute("shifts", "floats").reshape(-1, call.heads).take(bucket)
             tolerance = tolerance * shifts.reshape(1, call.kv_heads, 1, call.group, 1)
         allowed = self.allowed.unsqueeze(1, 3)
-        count = text.CumSum(self.allowed.to(INT64), text.integer(-1))
-        forced = (count <= of_bucket("sinks"))
-        if call.offset is not None:
-            near = self.last_keys + of_bucket("local") * text.integer(KEY_BLOCK) > self.edge_of_rows
-            has_boundary = self.keys - text.ints(1) > self.edge_of_rows
-            forced = forced | (near & has_boundary)
-        forced = forced.unsqueeze(1, 3)
-        if self.kind.protected:
-            protected = self._padded_keys(text.input("protected").to(FLOAT), axis=1).reshape(0, -1, KEY_BLOCK)
-            forced = forced | (text.ReduceMax(protected, text.ints(-1), keepdims=0) > text.real(0)).unsqueeze(1, 2, 3)
-        kept = allowed & (forced | (peaks >= tolerance))
+        kept = allowed & (self._forced(of_bucket("sinks"), of_bucket("local")) | (peaks >= tolerance))
 
         def many(x: Value) -> Value:
             return text.ReduceSum(x.to(FLOAT), text.ints(-1), keepdims=1)
 
-        kept = kept | (allowed & (many(kept) > of_bucket("max_densities") * many(allowed)))
-        is_odd = text.Equal(many(kept).to(INT64) % text.integer(TILE), text.integer(1))
+        return kept | (allowed & (many(kept) > of_bucket("max_densities") * many(allowed)))
+
+    def _forced(self, sinks: Value, local: Value) -> Value:
+        """Kept wherever they are allowed: bool [1 or B, 1, query blocks, 1, key blocks]."""
+        text, call = self.text, self.call
+        forced = text.CumSum(self.allowed.to(INT64), text.integer(-1)) <= sinks
+        if call.offset is not None:
+            near = self.last_keys + local * text.integer(KEY_BLOCK) > self.edge_of_rows
+            has_boundary = self.keys - text.ints(1) > self.edge_of_rows
+            forced = forced | (near & has_boundary)
+        forced = forced.unsqueeze(1, 3)
+        if not self.kind.protected:
+            return forced
+        protected = self._padded_keys(text.input("protected").to(FLOAT), axis=1).reshape(0, -1, KEY_BLOCK)
+        return forced | (text.ReduceMax(protected, text.ints(-1), keepdims=0) > text.real(0)).unsqueeze(1, 2, 3)
+
+    def _evened(self, kept: Value, peaks: Value, last: int = 1) -> Value:
+        """With the best block that is left where the number of kept blocks is odd, as kernels/rule.py::pack.
+
+        last: 1 for the last of equal peaks, as there; 0 for the first.
+        """
+        text = self.text
+        allowed, count = self.allowed.unsqueeze(1, 3), text.ReduceSum(kept.to(INT64), text.ints(-1), keepdims=1)
+        is_odd = text.Equal(count % text.integer(TILE), text.integer(1))
         spare = text.Where(allowed & ~kept, peaks, text.real(-1))
-        best = text.ArgMax(spare, axis=-1, keepdims=1, select_last_index=1)
+        best = text.ArgMax(spare, axis=-1, keepdims=1, select_last_index=last)
         has_spare = text.ReduceMax(spare, text.ints(-1), keepdims=1) >= text.real(0)
         return kept | (text.Equal(text.range(self.k_count), best) & is_odd & has_spare)
 
     def _peaks(self, singles: Value) -> Value:
         """Peaks, float [batch * KV heads * query blocks, group, key blocks]; kernels/estimate.py."""
         text, call = self.text, self.call
-        summaries = _Summaries(self, singles)
+        summaries = Summaries(self, singles)
         all_rows = call.group * text.ints(QUERY_BLOCK)
         q = self.q.reshape(-1, all_rows, call.dim)
         ghosts = self.ghosts.reshape(-1, all_rows, 1)
         pairs = text.shape(call.batch, call.kv_heads, self.q_blocks, self.k_blocks)
 
-        def lists(mask: Value) -> _Lists:
-            return _Lists(self, text.Expand(mask.unsqueeze(1), pairs), self.q_count)
+        def lists(mask: Value) -> Lists:
+            return Lists(self, text.Expand(mask.unsqueeze(1), pairs), self.q_count)
 
         whole = lists(self.whole)
         cut = None if self.cut is None else lists(self.allowed & self.cut)
@@ -441,7 +462,7 @@ class _Blocks:
         kept = text.Reshape(kept, self.kept_shape)
         free_pairs = self.free.unsqueeze(1, 3)
         per_pair = self.q_count * self.group
-        free, cut = (_Lists(self, kept & pairs, per_pair) for pairs in (free_pairs, ~free_pairs))
+        free, cut = (Lists(self, kept & pairs, per_pair) for pairs in (free_pairs, ~free_pairs))
         nothing = text.real(0).expand(1, call.value_dim)
 
         def step(at: Value) -> Value:
@@ -464,7 +485,11 @@ class _Blocks:
             sees = text.ReduceMax(joined, text.ints(1), keepdims=1) > text.real(GHOST)
             return mixed * sees.to(FLOAT)
 
-        out = text.loop(self.q.size(0).scalar(), step)
+        return self.by_row(text.loop(self.q.size(0).scalar(), step))
+
+    def by_row(self, out: Value) -> Value:
+        """[B, H, L, Dv] of what query blocks of heads have."""
+        text, call = self.text, self.call
         out = out.reshape(call.batch, call.kv_heads, self.q_blocks, call.group, QUERY_BLOCK, call.value_dim)
         out = text.Transpose(out, perm=[0, 1, 3, 2, 4, 5]).reshape(call.batch, call.heads, self.rows, call.value_dim)
         return call.cleared(out.slice(text.ints(0), call.rows, axis=2))
@@ -516,10 +541,10 @@ class _Blocks:
         return mask.take(blocks % self.k_count, axis=2 if head_at is None else 1)
 
 
-class _Lists:
+class Lists:
     """The key blocks that are true in each row of a mask [B, Hkv, ..., key blocks], one list behind the other."""
 
-    def __init__(self, blocks: _Blocks, mask: Value, rows_per_pair: Value) -> None:
+    def __init__(self, blocks: Blocks, mask: Value, rows_per_pair: Value) -> None:
         text = self.text = blocks.text
         rows = mask.reshape(-1, blocks.k_blocks)
         row, column = text.Split(text.NonZero(rows), axis=0, num_outputs=2, outputs=2)
@@ -533,10 +558,10 @@ class _Lists:
         return self.blocks.slice(self.starts.take(row), self.ends.take(row))
 
 
-class _Summaries:
+class Summaries:
     """Split summaries of all key blocks: a table row is a block of a KV head. See kernels/oracle.py."""
 
-    def __init__(self, blocks: _Blocks, singles: Value) -> None:
+    def __init__(self, blocks: Blocks, singles: Value) -> None:
         self.blocks, self.text, self.call, self.singles = blocks, blocks.text, blocks.call, singles
         text, call = self.text, self.call
         m = singles.unsqueeze(0)
@@ -569,6 +594,30 @@ class _Summaries:
         log_rest = text.Log(text.Max(rest, text.real(1)))
         self.root_log = text.Sqrt(log_rest).reshape(-1)
         self.rest_bias = (log_rest + call.hiding(call.steep(rest - text.real(1)))).reshape(-1)
+
+    def all_scores(self, rows: Value) -> tuple[Value, Value]:
+        """The same for all rows of a KV head [B * Hkv, rows, D] and all its blocks: [.., rows, m * blocks] and
+        [.., rows, blocks]. Without a soft cap or attn_mask."""
+        text, call, m = self.text, self.call, self.singles.unsqueeze(0)
+        pairs, blocks = call.batch * call.kv_heads, self.blocks.k_blocks
+
+        def by_pair(table: Value, width: Value) -> Value:
+            """[m, all blocks, width] as [B * Hkv, m * blocks, width]."""
+            table = text.Reshape(table, text.shape(-1, pairs, blocks, width))
+            return text.Transpose(table, perm=[1, 0, 2, 3]).reshape(pairs, -1, width)
+
+        def product(x: Value, vectors: Value) -> Value:
+            return text.MatMul(x, text.Transpose(vectors, perm=[0, 2, 1]))
+
+        def row_of(table: Value) -> Value:
+            return table.reshape(pairs, 1, -1)
+
+        bias = text.Transpose(by_pair(self.single_bias.reshape(m, -1, 1), text.ints(1)), perm=[0, 2, 1])
+        single = product(rows, by_pair(self.single_keys, call.dim)) + bias
+        half = product(rows * rows, by_pair(self.half_variance, call.dim))
+        excess = text.Relu(text.Sqrt(half) - row_of(self.root_log))
+        rest = product(rows, by_pair(self.mean, call.dim)) + (half - excess * excess) + row_of(self.rest_bias)
+        return single, rest
 
     def scores(self, rows: Value, blocks: Value, at: Value) -> tuple[Value, Value]:
         """Log masses of the singles [rows, m * blocks], single by single, and of the rest [rows, blocks]."""

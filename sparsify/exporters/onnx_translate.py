@@ -37,6 +37,13 @@ ATTRIBUTES = {"scale": "FLOAT", "window": "INT", "softcap": "FLOAT", "shifts": "
 
 def translate(program: ExportedProgram, opset: int, form: str) -> ir.Model:
     """The model of opset `opset`; form: "function" or "inline". Raises ExportError, naming what ONNX cannot say."""
+    model = write_placeholders(program, opset)
+    define_functions(model, lambda kind: function_text(kind, opset))
+    return inlined(model) if form == "inline" else model
+
+
+def write_placeholders(program: ExportedProgram, opset: int) -> ir.Model:
+    """The model with a placeholder for every attention that is an op of ours, or SDPA. Raises ExportError."""
     _register_schema()
     said = io.StringIO()
     try:
@@ -52,13 +59,22 @@ def translate(program: ExportedProgram, opset: int, form: str) -> ir.Model:
     assert exported is not None  # only None where torch wrote the file itself
     model = exported.model
     _widen_rotations(model)
-    kinds = {_name_kind(node) for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    return model
+
+
+def placeholders(model: ir.Model) -> list[ir.Node]:
+    """The attention of a model, in graph order."""
+    return [node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type == PLACEHOLDER]
+
+
+def define_functions(model: ir.Model, text_of: Callable[[Kind], str]) -> None:
+    """Turn placeholders into calls of functions, and define these."""
+    kinds = {_name_kind(node) for node in placeholders(model)}
     for kind in sorted(kinds, key=lambda kind: kind.name):
-        function = ir.serde.deserialize_function(onnx.parser.parse_function(function_text(kind, opset)))
+        function = ir.serde.deserialize_function(onnx.parser.parse_function(text_of(kind)))
         model.functions[function.identifier()] = function
     if kinds:
         model.opset_imports[DOMAIN] = 1
-    return _inlined(model) if form == "inline" else model
 
 
 def _widen_rotations(model: ir.Model) -> None:
@@ -85,7 +101,7 @@ def _widen_rotations(model: ir.Model) -> None:
             node.replace_input_with(place, table.outputs[0])
 
 
-def _inlined(model: ir.Model) -> ir.Model:
+def inlined(model: ir.Model) -> ir.Model:
     """The same without functions; weights are put aside meanwhile, for a protobuf holds 2 GB."""
     weights = {name: value.const_value for name, value in model.graph.initializers.items()}
     for value in model.graph.initializers.values():
@@ -190,18 +206,24 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
 def _name_kind(node: ir.Node) -> Kind:
     """Turn the placeholder into a call of the function of its kind; that kind."""
+    kind = kind_of(node)
     given = dict(zip(INPUTS, node.inputs[3:], strict=False))
-    mask = given.get("attn_mask")
-    is_bool = mask is not None and mask.dtype == ir.DataType.BOOL
-    kind = Kind(sparse="tolerances" in node.attributes, causal=given.get("causal_offset") is not None,
-                window="window" in node.attributes, key_mask=given.get("key_mask") is not None,
-                documents=given.get("query_documents") is not None, mask=is_bool,
-                bias=mask is not None and not is_bool, softcap="softcap" in node.attributes,
-                sinks=given.get("sink_logits") is not None, shifts="shifts" in node.attributes,
-                protected=given.get("protected") is not None)
     inputs = [*node.inputs[:3], *(given[name] for name in kind.inputs)]
     node.resize_inputs(len(inputs))
     for place, value in enumerate(inputs):
         node.replace_input_with(place, value)
     node.op_type = kind.name
     return kind
+
+
+def kind_of(node: ir.Node) -> Kind:
+    """The kind of a placeholder."""
+    given = dict(zip(INPUTS, node.inputs[3:], strict=False))
+    mask = given.get("attn_mask")
+    is_bool = mask is not None and mask.dtype == ir.DataType.BOOL
+    return Kind(sparse="tolerances" in node.attributes, causal=given.get("causal_offset") is not None,
+                window="window" in node.attributes, key_mask=given.get("key_mask") is not None,
+                documents=given.get("query_documents") is not None, mask=is_bool,
+                bias=mask is not None and not is_bool, softcap="softcap" in node.attributes,
+                sinks=given.get("sink_logits") is not None, shifts="shifts" in node.attributes,
+                protected=given.get("protected") is not None)
