@@ -35,7 +35,7 @@ from sparsify.exporters.onnx_translate import (
 from sparsify.exporters.tensorrt_attention import function_text, is_known
 from sparsify.kernels.blocks import KEY_BLOCK
 
-OPTIONS = frozenset({"opset"})
+OPTIONS = frozenset({"opset", "room"})
 ROOM = 2.0
 """Key blocks that a query block has room for, over those that one keeps on average."""
 USUAL_PEAKS = 90.0  # density x keys x tolerance where nobody measured it, as the ops reckon
@@ -44,16 +44,22 @@ LONGEST = 4  # of a bucket without end: the longest key length of its profile, i
 describe = ort.describe
 
 
-def write(captured: Captured, path: Path, opset: int = 20) -> list[str]:
-    """Write the files. Raises OptionError, ExportError."""
+def write(captured: Captured, path: Path, opset: int = 20, room: int | None = None) -> list[str]:
+    """Write the files.
+
+    room: key blocks that a query block has room for in sparse buckets; None: `ROOM` times what the plan keeps on
+    average, as far as that is known. Raises OptionError, ExportError.
+    """
     if opset not in OPSETS or isinstance(opset, bool):
         raise OptionError(f"opset is {opset!r}. Give a number from {OPSETS[0]} to {OPSETS[-1]}.")
+    if room is not None and (not isinstance(room, int) or isinstance(room, bool) or room < 1):
+        raise OptionError(f"room is {room!r}. Give a number of key blocks from 1, or leave it out.")
     contents = Contents.of(captured, "tensorrt")
     rows, notes = [], [f"ONNX opset {opset}, for TensorRT; the profiles are in {profiles_path(path).name}"]
     for number, file in enumerate(bucket_files(path, max(1, len(captured.buckets)))):
         bucket = captured.plan.buckets.index(captured.plan.bucket_of(captured.buckets[number].lo)) if (
             captured.buckets) else None
-        model, said = _model(captured, opset, bucket)
+        model, said = _model(captured, opset, bucket, room)
         ort.save(model, captured, file, contents)
         rows.append({"file": file.name, **_profile(captured, number, file)})
         notes += [f"{file.name}: {line}" for line in said]
@@ -97,7 +103,8 @@ def _bucket_of_call(contents: Contents, inputs: Any) -> int:
     return next(number for number, (_, hi) in enumerate(contents.buckets) if hi is None or length < hi)
 
 
-def _model(captured: Captured, opset: int, bucket: int | None) -> tuple[ir.Model, list[str]]:
+def _model(captured: Captured, opset: int, bucket: int | None,
+           room: int | None) -> tuple[ir.Model, list[str]]:
     """The model of one bucket (None: no site has a table), and what is to be said of it."""
     model = write_placeholders(captured.program, opset)
     rooms, notes = [], []
@@ -107,13 +114,13 @@ def _model(captured: Captured, opset: int, bucket: int | None) -> tuple[ir.Model
             notes.append(f"attention {number} is dense: its masks are not among those that TensorRT files select under")
             tolerance = 0.0
         if tolerance:
-            rooms.append(math.ceil(ROOM * _peaks(captured, bucket) / (tolerance * KEY_BLOCK)))
+            rooms.append(room or math.ceil(ROOM * _peaks(captured, bucket) / (tolerance * KEY_BLOCK)))
         else:
             for name in (*PLAN, "shifts"):
                 node.attributes.pop(name, None)
     if rooms:
         notes.append(f"room for {max(rooms)} key blocks of {KEY_BLOCK} a query block; one that would keep more loses "
-                     "those of the least peaks")
+                     "those of the least peaks: give more by room")
     define_functions(model, lambda kind: function_text(kind, opset, max(rooms, default=0)))
     model = inlined(model)
     onnxscript.optimizer.optimize_ir(model)  # the parser wants sizes as constants where they are
