@@ -18,6 +18,8 @@ EXTRAS = {
     "exporters/decoder.py": {"transformers"},
     "exporters/onnx.py": {"onnx", "onnx_ir", "onnxruntime", "google"},
     "exporters/onnx_translate.py": {"onnx", "onnx_ir", "onnxscript"},
+    "exporters/tensorrt.py": {"onnx_ir", "onnxscript"},
+    "exporters/tensorrt_segments.py": {"torch_tensorrt"},
     "cli.py": {"typer", "rich", "transformers"},
     "models/loading.py": {"transformers"},
     "models/tasks.py": {"numpy", "tokenizers"},

@@ -171,7 +171,7 @@ def parse_size(size: int | str) -> sympy.Expr:
 
 
 KINDS = {"export": "ExportedProgram", "aot_inductor": "AOTInductor package", "ort": "ONNX for ONNX Runtime",
-         "tensorrt": "ONNX for TensorRT"}
+         "tensorrt": "ONNX for TensorRT", "torch_tensorrt": "program with TensorRT engines"}
 
 
 def _inputs(captured: Captured) -> tuple[Input, ...]:

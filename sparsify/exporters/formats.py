@@ -37,6 +37,7 @@ class Format(Protocol):
 MODULES: dict[str, dict[str, str]] = {
     ".pt2": {"export": "sparsify.exporters.pt2", "aot_inductor": "sparsify.exporters.aot_inductor"},
     ".onnx": {"ort": "sparsify.exporters.onnx", "tensorrt": "sparsify.exporters.tensorrt"},
+    ".ep": {"torch_tensorrt": "sparsify.exporters.tensorrt_segments"},
 }
 """By suffix and target; the first target of a suffix is its default."""
 
