@@ -86,8 +86,9 @@ def judge(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 if ours.dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("shape", [*MASKS, *EXTRAS], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), [
+    *((shape, torch.float32) for shape in [*MASKS, *EXTRAS]), (MASKS[1], torch.bfloat16), (MASKS[0], torch.float16),
+    (EXTRAS[6], torch.bfloat16), (EXTRAS[11], torch.float16)], ids=str)
 def test_the_shim_is_the_op(shape, dtype, poisoned_memory):
     device = torch.device("cpu")
     case = Case.random(torch.Generator(device).manual_seed(sum(map(ord, str(shape)))), device, *shape).to(dtype)
