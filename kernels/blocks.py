@@ -189,8 +189,8 @@ def _range_of_blocks(ids: Tensor, block: int, shown: Tensor | None) -> tuple[Ten
 
     def of_blocks(fill: int) -> Tensor:
         filled = ids if shown is None else torch.where(shown, ids, fill)
-        # Not `pad`: it takes its value as a double, which rounds the largest int64 up, and so wraps it.
-        padding = ids.new_full((len(filled), -ids.shape[1] % block), fill)
-        return torch.cat([filled, padding], -1).unflatten(-1, (-1, block))
+        # Not `pad`: its value is a double, which makes the least int64 of the greatest.
+        rest = filled.new_full((len(filled), -ids.shape[1] % block), fill)
+        return torch.cat([filled, rest], 1).unflatten(-1, (-1, block))
 
     return of_blocks(limits.max).amin(-1), of_blocks(limits.min).amax(-1)

@@ -73,6 +73,9 @@ def capture(model: nn.Module, inputs: Any, plan: Any = None, dynamic_shapes: Any
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}. Give an nn.Module.")
     args, kwargs = _split(inputs)
+    if not isinstance(dynamic_shapes, ShapesCollection):  # which knows tensors by identity
+        # torch.export guards on the base of a view, and the guard cannot be met (torch 2.11 to 2.13).
+        args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.clone() if x._is_view() else x, (args, kwargs))
     compiled = getattr(getattr(model, "_compiled_call_impl", None), "sparsify", None)
     if plan is None and compiled is not None:
         plan = compiled.plan

@@ -29,8 +29,8 @@ def write(captured: Captured, path: Path) -> list[str]:
     library = _library()
     tensors = [x for x in pytree.tree_leaves((captured.args, dict(captured.kwargs))) if isinstance(x, Tensor)]
     if not all(x.is_cuda for x in tensors):
-        raise ExportError(f"path is {path.name!r} and the inputs are on {tensors[0].device}. Torch-TensorRT compiles for "
-                          "a GPU: move model and inputs to it, or export .onnx with target=\"tensorrt\".")
+        raise ExportError(f"path is {path.name!r} and the inputs are on {tensors[0].device}. Torch-TensorRT compiles "
+                          "for a GPU: move model and inputs to it, or export .onnx with target=\"tensorrt\".")
     inputs = {"arg_inputs": list(captured.args), "kwarg_inputs": dict(captured.kwargs)}
     try:
         compiled = library.dynamo.compile(captured.program, **inputs)

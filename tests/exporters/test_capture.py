@@ -176,6 +176,18 @@ def test_equal_lengths_of_the_example_are_not_made_one():
         assert captured.program.module()(*inputs).shape == inputs[0].shape
 
 
+def test_an_example_may_be_part_of_a_larger_tensor():
+    captured = capture(Attend(), torch.randn(2, 400, 32)[:, :300], TWO_EDGES)
+    args, _ = captured.inputs_at(batch=1)
+    assert captured.program.module()(*args).shape == (1, 300, 32)
+
+
+def test_a_dtype_without_kernels_is_left_and_listed():
+    captured = capture(Attend().double(), torch.randn(2, 300, 32).double(), TWO_EDGES, [{1: Dim.AUTO}])
+    (record,) = captured.records
+    assert record.outcome == "refused" and "float64" in record.why
+
+
 @pytest.mark.parametrize(("inputs", "error", "words"), [
     (3, OptionError, "inputs is a int"),
     ((), OptionError, "inputs holds no tensor"),

@@ -1,4 +1,4 @@
-"""`.ep`: what can be said of it without TensorRT. Engines are not built here: that takes TensorRT, a GPU and a CUDA torch.
+"""`.ep`: what can be said of it without TensorRT. No engine is built: that takes TensorRT, a GPU and a CUDA torch.
 
 The partition needs SPARSIFY_TORCH_TENSORRT: the folder of an unpacked wheel of torch-tensorrt for this torch, its `lib`
 removed (it links TensorRT's library, which no registry that a test may use holds).
