@@ -276,11 +276,15 @@ def export(
         "--out", "-o", metavar="FILE",
         help="File to write; its suffix says the format. A report goes beside it.")] = Path("model.pt2"),
     target: Annotated[Target | None, typer.Option(
-        show_default="export for .pt2",
-        help="For .pt2: export (an ExportedProgram) or aot_inductor (compiled; runs without sparsify).")] = None,
+        show_default="export for .pt2, ort for .onnx",
+        help="For .pt2: export (an ExportedProgram) or aot_inductor (compiled; runs without sparsify). For .onnx: ort "
+             "(one file) or tensorrt (one file a bucket, for its parser).")] = None,
     opset: Annotated[int | None, typer.Option(show_default="the format's", help="Opset of an ONNX file.")] = None,
     form: Annotated[Form | None, typer.Option(
         show_default="the format's", help="Attention in an ONNX file: a function, or inlined.")] = None,
+    past: Annotated[bool, typer.Option(
+        "--with-past", help="Keys and values as inputs and outputs, past_key_values and present: for loops that "
+                            "generate.")] = False,
     text: TextOption = None,
     lengths: Annotated[str | None, typer.Option(
         metavar="N,N,...", show_default="one for each bucket",
@@ -310,11 +314,18 @@ def export(
     if len(ids) < rows * tokens:
         raise TextError(f"text has {len(ids)} tokens and the example takes {rows * tokens}. Give a longer text.")
     network: Any = loaded.model
-    network.config.use_cache = False  # keys and values of a call would be outputs of the file
+    inputs: dict[str, Any] = {"input_ids": ids.view(rows, tokens).to(network.device)}
+    shapes = None
+    if past:
+        from sparsify.exporters.decoder import with_past
+
+        network, inputs, shapes = with_past(network)
+    else:
+        network.config.use_cache = False  # keys and values of a call would be outputs of the file
     options = {name: value for name, value in (("opset", opset), ("form", form and form.value)) if value is not None}
     with _progress() as tell, torch.no_grad():
-        report = export_model(network, {"input_ids": ids.view(rows, tokens).to(network.device)}, out,
-                              plan=chosen_plan, target=kind, lengths=numbers, atol=atol, progress=tell, **options)
+        report = export_model(network, inputs, out, plan=chosen_plan, dynamic_shapes=shapes, target=kind,
+                              lengths=numbers, atol=atol, progress=tell, **options)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     console.print(f"wrote {', '.join(report.files)} and {report.report_path.name} in {out.parent}", markup=False)
 

@@ -56,15 +56,14 @@ def with_past(model: nn.Module) -> tuple[nn.Module, dict[str, Any], dict[str, An
         raise ModelError(f"model is a {type(model).__name__} without a configuration of transformers. Give a causal "
                          "language model of transformers, or export it without its past.")
     with torch.no_grad():
-        ids = torch.ones(batch, past, dtype=torch.long)
+        ids = torch.ones(batch, past, dtype=torch.long, device=next(model.parameters()).device)
         out = model(input_ids=ids, use_cache=True)
     layers = getattr(getattr(out, "past_key_values", None), "layers", None)
     if not layers or any(getattr(layer, "keys", None) is None or layer.keys.shape[2] != past for layer in layers):
         raise ModelError(f"{type(model).__name__} keeps no cache of keys and values that grows with the tokens in "
                          "every layer. Export it without its past.")
-    inputs = {"input_ids": torch.ones(batch, new, dtype=torch.long),
-              "attention_mask": torch.ones(batch, past + new, dtype=torch.long),
-              "position_ids": torch.arange(past, past + new).repeat(batch, 1),
+    inputs = {"input_ids": ids[:, :new], "attention_mask": ids.new_ones(batch, past + new),
+              "position_ids": torch.arange(past, past + new, device=ids.device).repeat(batch, 1),
               "past_key_values": [{"key": layer.keys, "value": layer.values} for layer in layers]}
     rows, tokens, held = Dim("batch"), Dim("tokens"), Dim("past")
     of_past = {0: rows, 2: held}

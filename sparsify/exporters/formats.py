@@ -43,7 +43,7 @@ MODULES: dict[str, dict[str, str]] = {
 
 
 def find_format(path: Path, target: str | None) -> tuple[str, Any]:
-    """The target and the module for a file that is to be written. Raises OptionError."""
+    """The target and the module for a file that is to be written. Raises OptionError, also for a missing extra."""
     targets = MODULES.get(path.suffix)
     if targets is None:
         raise OptionError(f"path is {str(path)!r}. Its suffix says what is written; give one of: "
@@ -51,17 +51,28 @@ def find_format(path: Path, target: str | None) -> tuple[str, Any]:
     target = next(iter(targets)) if target is None else target
     if target not in targets:
         raise OptionError(f"target is {target!r} and path ends in {path.suffix}. Give one of: {', '.join(targets)}.")
-    return target, import_module(targets[target])
+    return target, _module(targets[target])
 
 
 def format_of(path: Path) -> Any:
-    """The module that reads a file. Raises ExportError if the file is none that `export` wrote."""
+    """The module that reads a file. Raises ExportError if the file is none that `export` wrote, OptionError where the
+    extra that reads it is missing."""
     targets = MODULES.get(path.suffix)
     if targets is None or not path.is_file():
         what = "does not exist" if targets is not None else f"is no exported file: these end in {', '.join(MODULES)}"
         raise ExportError(f"{str(path)!r} {what}. Give a file that sparsify.export wrote.")
-    contents = import_module(next(iter(targets.values()))).describe(path)
+    contents = _module(next(iter(targets.values()))).describe(path)
     if contents.target not in targets:
         raise ExportError(f"{str(path)!r} was written for {contents.target!r}, which this version does not know. "
                           "Export the model again.")
-    return import_module(targets[contents.target])
+    return _module(targets[contents.target])
+
+
+def _module(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "sparsify":
+            raise
+        raise OptionError(f"this kind of file needs {error.name}, which is not installed. Install the extra: "
+                          "pip install 'sparsify-attention[onnx]'.") from error

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import sparsify
+from sparsify import cli
 from sparsify.errors import ExportError, ModelError, OptionError
 from sparsify.exporters import formats
 from sparsify.exporters.capture import capture
@@ -17,7 +19,7 @@ from sparsify.exporters.contents import NAME
 from sparsify.exporters.decoder import with_past
 from sparsify.plan import Plan
 from tests.exporters.models import ALWAYS, BATCH, EDGE, SECOND_EDGE, TWO_EDGES, Attend, bert, decoder, tokens, vit
-from tests.small_model import small_model
+from tests.small_model import PLAN, save_small_model, small_model
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -233,6 +235,31 @@ def test_an_option_that_does_not_exist_leaves_nothing(options, words, tmp_path):
     with pytest.raises(OptionError, match=words):
         sparsify.export(Attend(), torch.randn(BATCH, 64, 32), tmp_path / "model.onnx", plan=Plan.dense(), **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):
+    for name in ("sparsify.exporters.onnx", "sparsify.exporters.onnx_translate"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    with pytest.raises(OptionError, match=r"needs onnx_ir.*sparsify-attention\[onnx\]"):
+        sparsify.export(Attend(), torch.randn(BATCH, 64, 32), tmp_path / "model.onnx", plan=Plan.dense())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_command_line_writes_explains_and_times_a_decoder_with_its_past(tmp_path):
+    save_small_model(tmp_path / "model")
+    PLAN.save(tmp_path / "plan.json")
+    runner, app = CliRunner(), cli.app
+    file = str(tmp_path / "model.onnx")
+    written = runner.invoke(app, ["export", str(tmp_path / "model"), "-o", file, "--plan", str(tmp_path / "plan.json"),
+                                  "--with-past", "--opset", "22", "--form", "inline", "--json"])
+    assert written.exit_code == 0, written.output
+    assert [row["length"] for row in json.loads(written.stdout)["checks"]] == [64, EDGE]
+    explained = runner.invoke(app, ["explain", file])
+    assert "ONNX for ONNX Runtime" in explained.stdout and PLAN.hash in explained.stdout
+    timed = runner.invoke(app, ["bench", "--exported", file, "--lengths", "64,512", "--json"])
+    assert [row["length"] for row in json.loads(timed.stdout)] == [64, 512], timed.output
 
 
 class Sorts(torch.nn.Module):
