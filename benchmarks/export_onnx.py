@@ -40,7 +40,7 @@ THREADS = 2
 
 RIVALS = {
     "GroupQueryAttention": """<domain: "sparsify", opset_import: ["": 23, "com.microsoft": 1]>
-NAME <scale> (q, k, v, causal_offset) => (out) {
+NAME <scale> (q, k, v) => (out) {
   rows = Shape<start=0, end=1>(q)
   length = Shape<start=2, end=3>(q)
   kv_heads = Shape<start=1, end=2>(k)
@@ -68,7 +68,7 @@ NAME <scale> (q, k, v, causal_offset) => (out) {
   out = Transpose<perm=[0, 2, 1, 3]>(mixed_heads)
 }""",
     "Attention": """<domain: "sparsify", opset_import: ["": 23]>
-NAME <scale> (q, k, v, causal_offset) => (out) { out = Attention<is_causal=1, scale: float = @scale>(q, k, v) }""",
+NAME <scale> (q, k, v) => (out) { out = Attention<is_causal=1, scale: float = @scale>(q, k, v) }""",
 }
 """Bodies of the attention of dense files: causal from the first key, as tiny-lm is without a past."""
 

@@ -26,14 +26,17 @@ Source: kernels/oracle.py and kernels/rule.py say what is computed; the tests ho
 
 from dataclasses import dataclass, fields
 
-from sparsify.exporters.onnx_text import FLOAT, INT64, Text, Value
+from sparsify.exporters.onnx_text import FLOAT, INT64, Attribute, Text, Value
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, TILE
 from sparsify.ops.planned import FEW_QUERIES
 
 DOMAIN = "sparsify"
 OPSETS = range(20, 25)
-FEW_KEYS = 384
-"""Up to so many keys a dense bucket makes all scores at once: blocks cost more nodes than they save products."""
+FEW_KEYS, FEW_FOR_OPERATOR = 384, 640
+"""Up to so many keys a dense bucket makes all scores at once, or calls ONNX's own operator, where there is one and it
+has a word for the masks: blocks cost more nodes than they save products. Measured in onnxruntime, two threads."""
+OPERATOR_SINCE = 23
+"""Opset of ONNX's operator Attention."""
 
 HIDDEN, GHOST = -(2.0**100), -(2.0**98)
 """Finite, in place of -inf: softmax over nothing but -inf is NaN. A hidden key is below the ghost. A power of two, so
@@ -52,12 +55,14 @@ class Kind:
     """What a site has. Every combination is a function of its own, without the parts that it does not need.
 
     sparse   some bucket drops blocks
+    anchored causality begins at the first key: causal_offset is 0, and no input
     mask     attn_mask is bool
     bias     attn_mask is floating
     """
 
     sparse: bool = False
     causal: bool = False
+    anchored: bool = False
     window: bool = False
     key_mask: bool = False
     documents: bool = False
@@ -79,11 +84,16 @@ class Kind:
         return self.window or self.key_mask or self.documents or self.mask or self.bias
 
     @property
+    def is_for_operator(self) -> bool:
+        """Whether ONNX's operator Attention says the masks."""
+        return self.anchored == self.causal and not (self.hides or self.softcap or self.sinks)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Behind q, k and v."""
-        present = {"causal_offset": self.causal, "key_mask": self.key_mask, "query_documents": self.documents,
-                   "key_documents": self.documents, "attn_mask": self.mask or self.bias, "sink_logits": self.sinks,
-                   "protected": self.protected}
+        present = {"causal_offset": self.causal and not self.anchored, "key_mask": self.key_mask,
+                   "query_documents": self.documents, "key_documents": self.documents,
+                   "attn_mask": self.mask or self.bias, "sink_logits": self.sinks, "protected": self.protected}
         return tuple(name for name, there in present.items() if there)
 
     @property
@@ -96,7 +106,10 @@ def function_text(kind: Kind, opset: int) -> str:
     """The function, as `onnx.parser.parse_function` reads it."""
     text = Text()
     call = Call(text, kind)
-    out = text.branch(call.is_small, call.at_once, lambda: _by_blocks(call))
+    few, at_once = FEW_KEYS, call.at_once
+    if opset >= OPERATOR_SINCE and kind.is_for_operator:
+        few, at_once = FEW_FOR_OPERATOR, call.by_operator
+    out = text.branch(call.is_small(few), at_once, lambda: _by_blocks(call))
     out = text.CastLike(out, text.input("q"))
     return text.function(DOMAIN, kind.name, opset, ("q", "k", "v", *kind.inputs), kind.attributes, out)
 
@@ -128,28 +141,34 @@ class Call:
         self.kv_heads, self.keys, self.value_dim = k.size(1), k.size(2), v.size(3)
         self.group = self.heads // self.kv_heads
         self.q_len, self.kv_len = self.rows.scalar(), self.keys.scalar()
-        self.q = q.to(FLOAT) * text.attribute("scale", "float")
-        self.k, self.v = k.to(FLOAT), v.to(FLOAT)
-        self.offset = text.input("causal_offset").scalar() if kind.causal else None
+        self.unscaled, self.k, self.v = q.to(FLOAT), k.to(FLOAT), v.to(FLOAT)
+        self.q = self.unscaled * text.attribute("scale", "float")
+        self.offset = None
+        if kind.causal:
+            self.offset = text.integer(0) if kind.anchored else text.input("causal_offset").scalar()
         self.key_mask = text.input("key_mask") if kind.key_mask else None
         self.query_documents, self.key_documents = (
             text.input(name).to(INT64) if kind.documents else None for name in ("query_documents", "key_documents"))
-        self.bucket, self.tolerance, is_small = self._bucket(bucket)
-        self.is_small = is_small | (self.q_len <= text.integer(FEW_QUERIES))
+        self.bucket, self.tolerance = self._bucket(bucket)
         self.added = self._added()
         self.sink = text.input("sink_logits").to(FLOAT) if kind.sinks else None
 
-    def _bucket(self, known: int | None) -> tuple[Value, Value, Value]:
-        """The bucket of the key length, its tolerance, and whether it is a dense one of few keys."""
+    def is_small(self, keys: int) -> Value:
+        """Whether there are few queries, or a dense bucket of up to so many keys."""
+        is_few = self.kv_len <= self.text.integer(keys)
+        if self.kind.sparse:
+            is_few = is_few & (self.tolerance <= self.text.real(0))
+        return is_few | (self.q_len <= self.text.integer(FEW_QUERIES))
+
+    def _bucket(self, known: int | None) -> tuple[Value, Value]:
+        """The bucket of the key length, and its tolerance."""
         text = self.text
-        few = self.kv_len <= text.integer(FEW_KEYS)
         if not self.kind.sparse:
-            return text.integer(0), text.real(0), few
+            return text.integer(0), text.real(0)
         edges, tolerances = text.attribute("edges", "ints"), text.attribute("tolerances", "floats")
         bucket = text.ReduceSum((self.kv_len >= edges).to(INT64), text.ints(0), keepdims=0)
         bucket = bucket if known is None else text.integer(known)
-        tolerance = tolerances.take(bucket)
-        return bucket, tolerance, few & (tolerance <= text.real(0))
+        return bucket, tolerances.take(bucket)
 
     def _added(self) -> Value | None:
         """What attn_mask adds to the scores, finite."""
@@ -186,6 +205,11 @@ class Call:
     def document_bias(self, rows: Value, keys: Value) -> Value:
         return self.text.Where(self.text.Equal(rows, keys), self.text.real(0), self.text.real(HIDDEN))
 
+    def by_operator(self) -> Value:
+        """ONNX's own Attention."""
+        return self.text.Attention(self.unscaled, self.k, self.v, is_causal=int(self.kind.causal),
+                                   scale=Attribute("scale", "float"))
+
     def at_once(self) -> Value:
         """All scores of a KV head in one product: for few queries."""
         text = self.text
@@ -213,7 +237,7 @@ class Call:
 
     def cleared(self, out: Value) -> Value:
         """Zeros for rows before the first key, where causality alone may leave a row without any."""
-        if self.offset is None or self.kind.hides or self.kind.sinks:
+        if self.offset is None or self.kind.anchored or self.kind.hides or self.kind.sinks:
             return out
         return out * (self.text.range(self.q_len) + self.offset >= self.text.integer(0)).to(FLOAT).unsqueeze(1)
 

@@ -91,6 +91,14 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Attribute:
+    """An attribute of the function, as that of a node: kind int, ints, float or floats."""
+
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class _Line:
     text: str
     outputs: tuple[str, ...]
@@ -189,7 +197,8 @@ class Text:
 
     def _node(self, operator: str, inputs: Sequence[Value], outputs: int, attributes: dict[str, Any]) -> Any:
         names = [self._name() for _ in range(outputs)]
-        settings = ", ".join(f"{key}={_literal(x)}" for key, x in attributes.items())
+        settings = ", ".join(f"{key}: {x.kind} = @{x.name}" if isinstance(x, Attribute) else f"{key}={_literal(x)}"
+                             for key, x in attributes.items())
         call = f"{operator}<{settings}>" if settings else operator
         given = tuple(value.name for value in inputs)
         self._lines.append(_Line(f"{', '.join(names)} = {call}({', '.join(given)})", tuple(names), given))

@@ -221,7 +221,10 @@ def kind_of(node: ir.Node) -> Kind:
     given = dict(zip(INPUTS, node.inputs[3:], strict=False))
     mask = given.get("attn_mask")
     is_bool = mask is not None and mask.dtype == ir.DataType.BOOL
-    return Kind(sparse="tolerances" in node.attributes, causal=given.get("causal_offset") is not None,
+    offset = given.get("causal_offset")
+    held = None if offset is None else ir.convenience.get_const_tensor(offset)
+    return Kind(sparse="tolerances" in node.attributes, causal=offset is not None,
+                anchored=held is not None and int(held.numpy().item()) == 0,
                 window="window" in node.attributes, key_mask=given.get("key_mask") is not None,
                 documents=given.get("query_documents") is not None, mask=is_bool,
                 bias=mask is not None and not is_bool, softcap="softcap" in node.attributes,

@@ -46,7 +46,7 @@ def assert_equal_up_to_ties(ours, theirs, dense) -> None:
     assert float(gap.abs().max()) <= 1e-4 * float(theirs.abs().max()) or rms(gap) <= 0.25 * rms(theirs - dense)
 
 
-@pytest.mark.parametrize("make", [decoder, bert, vit])
+@pytest.mark.parametrize("make", [decoder, bert, pytest.param(vit, marks=pytest.mark.slow)])
 def test_equals_the_compiled_model_on_both_sides_of_every_edge(make, tmp_path):
     torch.manual_seed(0)
     model, inputs = make()
@@ -73,7 +73,7 @@ def test_every_bucket_is_checked_and_reported(exported):
     assert all(row.difference < 1e-4 for row in report.checks)
     assert report.checks[0].plan_error < 1e-4 < report.checks[-1].plan_error
     assert sorted(x.name for x in path.parent.iterdir()) == ["model.onnx", "model.onnx.md"]
-    assert "PlannedAttention_sparse_causal" in report.to_markdown()
+    assert "PlannedAttention_sparse_causal_anchored" in report.to_markdown()
 
 
 def test_the_plan_is_in_the_file(exported):
@@ -103,8 +103,7 @@ def test_the_inlined_form_has_no_functions_and_computes_the_same(exported, tmp_p
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("opset", [OPSETS[0], OPSETS[-1], *(pytest.param(x, marks=pytest.mark.slow)
-                                                            for x in OPSETS[1:-1])])
+@pytest.mark.parametrize("opset", [OPSETS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in OPSETS[1:])])
 def test_every_opset_is_written(opset, tmp_path):
     captured = capture(*decoder(), TWO_EDGES)
     form.write(captured, tmp_path / "model.onnx", opset=opset)

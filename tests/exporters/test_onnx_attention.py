@@ -31,10 +31,10 @@ TIE = 1e-5
 
 def kind_of(case: Case, **more: bool) -> Kind:
     masks = case.masks
-    return Kind(sparse=True, causal=masks.causal_offset is not None, window=masks.window is not None,
-                key_mask=masks.key_mask is not None, documents=masks.query_documents is not None,
-                mask=masks.attn_mask is not None and masks.bias is None, bias=masks.bias is not None,
-                softcap=masks.softcap > 0, sinks=masks.sink_logits is not None, **more)
+    return Kind(sparse=True, causal=masks.causal_offset is not None, anchored=masks.causal_offset == 0,
+                window=masks.window is not None, key_mask=masks.key_mask is not None,
+                documents=masks.query_documents is not None, mask=masks.attn_mask is not None and masks.bias is None,
+                bias=masks.bias is not None, softcap=masks.softcap > 0, sinks=masks.sink_logits is not None, **more)
 
 
 def run(case: Case, kind: Kind, text=function_text, opset: int = 23, table=TABLE, shifts=None,
@@ -128,6 +128,17 @@ def test_shifts_and_protected_keys_are_those_of_the_bucket(rng):
 def test_every_opset_gives_the_same(opset, rng):
     case = Case.random(rng, torch.device("cpu"), 300, 500, 200, "left", (65, "documents", "bias", "cap", "sinks"))
     assert torch.equal(run(case, kind_of(case), opset=opset), run(case, kind_of(case)))
+
+
+@pytest.mark.parametrize("offset", [0, None])
+@pytest.mark.parametrize("length", [20, 300, 800])
+def test_dense_buckets_are_exact_by_every_way_to_them(length, offset, rng):
+    case = Case.random(rng, torch.device("cpu"), length, length, offset, None)
+    dense, kind = {**TABLE, "edges": [length + 1]}, kind_of(case)
+    assert ("Attention<" in function_text(kind, 23)) and "Attention<" not in function_text(kind, 22)
+    exact = oracle.attention(*case.double().qkv, **case.double().named)[0]
+    for opset in (22, 23):
+        assert float((run(case, kind, opset=opset, table=dense) - exact).abs().max()) < 1e-5
 
 
 def test_half_precision_is_computed_in_float32(rng):

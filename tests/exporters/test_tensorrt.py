@@ -63,7 +63,8 @@ def test_profiles_meet_at_the_edges(exported):
     assert [x["max"] for x in shapes] == [[BATCH, length, 32] for length in ends]
 
 
-@pytest.mark.parametrize("make", [decoder, pytest.param(bert, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [decoder, bert])
 def test_the_files_compute_what_the_graph_does_on_both_sides_of_every_edge(make, tmp_path):
     captured = capture(*make(), TWO_EDGES)
     form.write(captured, tmp_path / "model.onnx", room=100)
