@@ -9,7 +9,7 @@ It computes what `sparsify::planned_attention` computes, in float32 whatever the
     attributes  `Kind.attributes`; edges, tolerances ...: the plan's buckets, as the op has them
     out         [B, H, L, Dv] in the dtype of q
 
-    If few queries: all scores at once
+    If few queries, or few keys in a dense bucket: all scores at once
     else:   blocks        of q, k, v and masks; which pairs are allowed, cut by a mask, free of any
             If tolerance of the bucket of S is 0: keep what is allowed
             else: summaries   m farthest keys, mean and variance of the others, by key block
@@ -17,9 +17,10 @@ It computes what `sparsify::planned_attention` computes, in float32 whatever the
                   rule        from peaks to kept blocks, evened out
             Loop (batch, KV head, query block, head)          softmax over the blocks that this head keeps
 
-Key blocks are gathered from their KV head: grouped heads are never repeated. Every softmax has a column more than it
-has keys, the *ghost*: a sink logit where there are sinks, else so low that only a row without visible keys gives it
-weight. Its value is zero, so such a row gives zeros. It takes all of a row that only fills up a query block.
+Key blocks are gathered from their KV head: grouped heads are never repeated. The softmax of selection has a column
+more than it has keys, the *ghost*: a sink logit where there are sinks, else so low that only a row without visible keys
+gives it weight, and it takes all of a row that only fills up a query block. Attention has it, with a value of zero,
+where there are sinks; else rows that see nothing are cleared behind it.
 
 Source: kernels/oracle.py and kernels/rule.py say what is computed; the tests hold the functions to them.
 """
