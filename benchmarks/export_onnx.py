@@ -8,7 +8,6 @@ dense and ours. Writes results/export_onnx.json and records figures.
 
 import argparse
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -173,7 +172,9 @@ def _run_alone(file: Path, length: int) -> None:
     session = _session(file)
     ids = np.random.default_rng(0).integers(5, 4000, (1, length))
     session.run(None, {session.get_inputs()[0].name: ids})
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not getrusage: its maximum begins with what the parent held when it forked.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024)
 
 
 def _retrieval(runs: dict[str, Run], length: int, queries: int) -> dict[str, float]:
