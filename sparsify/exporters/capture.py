@@ -23,8 +23,8 @@ from torch.export.graph_signature import ExportGraphSignature, OutputSpec
 
 from sparsify.backend import default_plan, site_shapes
 from sparsify.errors import ExportError, ModelError, OptionError, ShapeError
+from sparsify.passes import run_exported
 from sparsify.passes.graph import expression
-from sparsify.passes.pipeline import run_exported
 from sparsify.passes.site import SiteRecord
 from sparsify.plan import Bucket, Plan, resolve_plan
 
