@@ -186,14 +186,19 @@ def _program(exported: ExportedProgram, graph: fx.GraphModule) -> ExportedProgra
     for old, new in zip(*(g.find_nodes(op="placeholder") for g in (exported.graph, graph.graph)), strict=True):
         new.name = new.target = old.name
     graph.recompile()
+    program = with_graph(exported, graph)
+    _plain_output(program)
+    return program
+
+
+def with_graph(exported: ExportedProgram, graph: fx.GraphModule) -> ExportedProgram:
+    """The program with another graph, whose inputs have the same names."""
     outputs = pytree.tree_leaves(graph.graph.output_node().args)
     specs = exported.graph_signature.output_specs
     renamed = [OutputSpec(spec.kind, type(spec.arg)(name=node.name) if isinstance(node, fx.Node) else spec.arg,
                           spec.target) for spec, node in zip(specs, outputs, strict=True)]
     graph.graph.output_node().args = (tuple(outputs),)
-    program = exported._update(graph, ExportGraphSignature(exported.graph_signature.input_specs, renamed))
-    _plain_output(program)
-    return program
+    return exported._update(graph, ExportGraphSignature(exported.graph_signature.input_specs, renamed))
 
 
 def _plain_output(program: ExportedProgram) -> None:

@@ -4,6 +4,7 @@ A `.pt2` file holds it as an extra file, an ONNX file in its metadata. `sparsify
 `sparsify bench --exported FILE` makes inputs by it.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -129,6 +130,23 @@ class Contents:
         return (tuple(tensor for x, tensor in made if not x.keyword),
                 {x.name: tensor for x, tensor in made if x.keyword})
 
+    def bucket_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """Number of the bucket that a call is in. Raises OptionError for a key length that the file does not take."""
+        if self.key_length is None:
+            return 0
+        given = [x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor)]
+        values: dict[str, int] = {}
+        for known, tensor in zip(self.inputs, given, strict=True):
+            for expr, size in zip(known.sizes, tensor.shape, strict=True):
+                if not isinstance(expr, int) and parse_size(expr).is_Symbol:
+                    values[expr] = size
+        length = int(parse_size(self.key_length).subs(values))
+        for place, (lo, hi) in enumerate(self.buckets):
+            if lo <= length and (hi is None or length < hi):
+                return place
+        raise OptionError(f"the call has a key length of {length} and the file takes them from {self.buckets[0][0]} to "
+                          f"{'any' if self.buckets[-1][1] is None else self.buckets[-1][1] - 1}.")
+
     def _values(self, length: int | None, batch: int) -> dict[str, int]:
         rows = {str(symbol) for x in self.inputs for symbol in parse_size(x.sizes[0] if x.sizes else 1).free_symbols}
         values = {name: batch if name in rows else 0 for name in self.ranges}
@@ -163,6 +181,7 @@ class Contents:
 SIZE = re.compile(r"(?:[su]\d+|\d+|[-+*/() ])+")
 
 
+@functools.cache  # a package for CUDA asks at every call
 def parse_size(size: int | str) -> sympy.Expr:
     """A size of a file as an expression. Raises ExportError for what is none: sympy would run it as code."""
     if not SIZE.fullmatch(str(size)):

@@ -30,7 +30,7 @@ def close(ours, theirs) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("make", [decoder, bert, vit])
+@pytest.mark.parametrize("make", [decoder, pytest.param(bert, marks=pytest.mark.slow), vit])
 def test_equals_the_compiled_model_on_both_sides_of_every_edge(make):
     model, inputs = make()
     captured = capture(model, inputs, TWO_EDGES if make is not vit else ALWAYS)
