@@ -56,6 +56,7 @@ def write(captured: Captured, path: Path) -> list[str]:
     if not _is_on_cuda(captured):
         with _shims() as options:
             models = {_name(0): _compile(captured, captured.program, options)}
+        contents = replace(contents, processor=tuple(sorted(native.instructions())))
         notes = ["compiled for this kind of processor; it needs torch to run, and nothing of sparsify"]
     else:
         from sparsify.exporters.buckets import LONGEST, needs_sparsify, program_for  # Triton: only here
@@ -112,6 +113,10 @@ def load(path: Path) -> Runner:
     """The package as a call. Raises ExportError."""
     contents = read_contents(path)
     check_whole(path)
+    missing = sorted(set(contents.processor) - native.instructions())
+    if missing:
+        raise ExportError(f"file {str(path)!r} was compiled for a processor with {', '.join(missing)}, which this one "
+                          "has not. Export the model on a processor like this one, or as an ExportedProgram.")
     try:
         models = load_pt2(str(path)).aoti_runners
     except Exception as error:  # what torch raises for a package of another version is of many kinds

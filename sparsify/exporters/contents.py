@@ -68,6 +68,7 @@ class Contents:
     ranges      the least and greatest value of every symbol in the sizes; None: no end
     key_length  the key length that chooses the bucket, in those symbols; None: no site has a table
     buckets     the ranges of key lengths, as far as they can be reached
+    processor   instructions that machine code for a CPU may use; empty: the file holds none
     """
 
     target: str
@@ -77,6 +78,7 @@ class Contents:
     ranges: Mapping[str, tuple[int, int | None]]
     key_length: str | None
     buckets: tuple[tuple[int, int | None], ...]
+    processor: tuple[str, ...] = ()
     sparsify: str = __version__
     torch: str = torch.__version__
     ops: int = VERSION
@@ -116,7 +118,8 @@ class Contents:
                        tuple(SiteRecord(**{**site, "depends": tuple(site["depends"])}) for site in data["sites"]),
                        tuple(Input(**{**x, "sizes": tuple(x["sizes"])}) for x in data["inputs"]),
                        {name: (low, high) for name, (low, high) in data["ranges"].items()}, data["key_length"],
-                       tuple((lo, hi) for lo, hi in data["buckets"]), data["sparsify"], data["torch"], data["ops"])
+                       tuple((lo, hi) for lo, hi in data["buckets"]), tuple(data["processor"]), data["sparsify"],
+                       data["torch"], data["ops"])
         except (KeyError, TypeError, ValueError, PlanError) as error:
             raise ExportError(f"{where}: its {NAME} cannot be read ({type(error).__name__}: {error}). Export the model "
                               "again.") from error
