@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -260,6 +261,11 @@ def _build(command: list[str], target: Path) -> None:
         os.replace(partial.name, target)  # whole or not at all, also when two processes build at once
     finally:
         Path(partial.name).unlink(missing_ok=True)
+
+
+def instructions() -> frozenset[str]:
+    """The names of the vector and matrix instructions of this processor, as far as the system tells them."""
+    return frozenset(re.findall(r"\b(?:avx|amx|fma|bmi|f16c|gfni|vaes|sse4|sve|asimd)\w*", _processor()))
 
 
 def _processor() -> str:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
-from torch import fx
+from torch import Tensor, fx
 
-from sparsify.passes.buffers import Buffer, buffers_of
+from sparsify.passes.buffers import Buffer, buffers_of, constants_of
 from sparsify.passes.choose import all_symbols, choose_budgets, strict_symbols
 from sparsify.passes.find import find_attention
 from sparsify.passes.graph import without_guards
@@ -29,15 +29,17 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, verify_ma
     return normal, rewrite(normal, plan, example_inputs, verify_masks, protects)
 
 
-def run_exported(gm: fx.GraphModule, example_inputs: Sequence[Any],
-                 plan: Plan) -> tuple[fx.GraphModule, list[SiteRecord]]:
+def run_exported(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
+                 constants: Sequence[Tensor | None] | None = None) -> tuple[fx.GraphModule, list[SiteRecord]]:
     """`run` for a graph of torch.export, whose inputs are fakes: no guard is made, for nobody would check it.
 
     A site whose key length may be in several buckets carries their budgets as a table (`planned_attention`).
+    constants: for each input the buffer that goes into the file in its place, or None; proofs may read it.
     """
     normal = normalise(gm, example_inputs)
+    buffers = {} if constants is None else constants_of(normal, constants)
     with without_guards():
-        return normal, _rewrite(normal, plan, all_symbols(normal), {}, tables=True)
+        return normal, _rewrite(normal, plan, all_symbols(normal), buffers, tables=True)
 
 
 def rewrite(gm: fx.GraphModule, plan: Plan, example_inputs: Sequence[Any] = (),

@@ -70,7 +70,8 @@ def export(model: nn.Module, inputs: Any, path: str | Path, *, plan: Any = None,
             form.write(replace(captured, program=captured.dense), dense, **options)
             checks = check(captured, form.load(folder / path.name), form.load(dense), lengths, atol, tell)
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-        report = ExportReport(path, files, Contents.of(captured, target), checks, (*_fixed(captured), *notes))
+        contents = form.describe(folder / path.name)
+        report = ExportReport(path, files, contents, checks, (*_fixed(captured, contents), *notes))
         report_path(folder / path.name).write_text(report.to_markdown(), encoding="utf-8")
     return report
 
@@ -90,12 +91,13 @@ def _handed_over(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fixed(captured: Captured) -> list[str]:
-    """Sizes that the file takes as they are, and ranges that end."""
-    contents = Contents.of(captured, "")
+def _fixed(captured: Captured, contents: Contents) -> list[str]:
+    """Sizes that the file takes as they are, ranges that end, and sites that are left dense."""
     notes = [f"input {x.name} is [{', '.join(map(str, x.sizes))}]: its numbers are fixed" for x in contents.inputs
              if any(isinstance(size, int) for size in x.sizes)]
     notes += [f"{name} is at most {high}" for name, (_, high) in contents.ranges.items() if high is not None]
+    if contents.buckets and contents.buckets[-1][1] is not None:
+        notes.append(f"key lengths end at {contents.buckets[-1][1] - 1}")
     notes += [f"site {site.index} ({site.module or site.line}) is dense: {site.why}" for site in captured.records
               if site.outcome == "refused"]
     return notes

@@ -6,18 +6,23 @@
 On a CPU the ops of the graph are C functions: AOTInductor writes calls of them and links kernels/shim.cpp into the
 package, so a package is as fast as the compiled model, and the table of buckets is looked up inside. Like all code that
 Inductor makes for a CPU, it is for processors like the one it was compiled on.
+
+On CUDA there is a model for each bucket in the package (buckets.py): "model" for the first, "model_bucket1" and so on.
+`load` takes the one of each call; elsewhere whoever loads the package does, by the buckets in its sparsify.json.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.export.pt2_archive._package import package_pt2
+from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2, package_pt2
 
 from sparsify.errors import ExportError
 from sparsify.exporters.archive import check_whole, read_contents
@@ -47,12 +52,42 @@ SHIMS = {
 
 def write(captured: Captured, path: Path) -> list[str]:
     """Compile the program and pack it, with what it says of itself as an extra file. Raises ExportError."""
-    module = captured.program.module(check_guards=False)
-    with torch.no_grad(), _shims() as options:
-        files = torch._inductor.aot_compile(module, captured.args, dict(captured.kwargs), options=options)
+    contents = Contents.of(captured, "aot_inductor")
+    if not _is_on_cuda(captured):
+        with _shims() as options:
+            models = {_name(0): _compile(captured, captured.program, options)}
+        contents = replace(contents, processor=tuple(sorted(native.instructions())))
+        notes = ["compiled for this kind of processor; it needs torch to run, and nothing of sparsify"]
+    else:
+        from sparsify.exporters.buckets import LONGEST, needs_sparsify, program_for  # Triton: only here
+
+        if contents.buckets and contents.buckets[-1][1] is None:
+            contents = replace(contents, buckets=(*contents.buckets[:-1], (contents.buckets[-1][0], LONGEST + 1)))
+        models = {_name(i): _compile(captured, program_for(captured, bucket), {"aot_inductor.package": True})
+                  for i, bucket in enumerate(captured.buckets or (None,))}
+        notes = [f"{len(models)} models are in the file, one for each bucket, and weights are in each: "
+                 f"{', '.join(models)}",
+                 "attention in sparse buckets runs on plain Triton kernels: AOTInductor takes no Gluon kernels, which "
+                 "the compiled model has on Hopper", *needs_sparsify(captured)]
+    package_pt2(str(path), aoti_files=models, extra_files={NAME: contents.to_json()})
+    return notes
+
+
+def _name(bucket: int) -> str:
+    """Of the models in a package: one, or one for each bucket. The first is the one that torch takes by itself."""
+    return "model" if bucket == 0 else f"model_bucket{bucket}"
+
+
+def _is_on_cuda(captured: Captured) -> bool:
+    return any(x.is_cuda for x in pytree.tree_leaves((captured.args, dict(captured.kwargs))) if isinstance(x, Tensor))
+
+
+def _compile(captured: Captured, program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
+    with torch.no_grad():
+        files = torch._inductor.aot_compile(program.module(check_guards=False), captured.args, dict(captured.kwargs),
+                                            options=options)
     assert isinstance(files, list)  # as a package is asked for
-    package_pt2(str(path), aoti_files=files, extra_files={NAME: Contents.of(captured, "aot_inductor").to_json()})
-    return ["compiled for this kind of processor; it needs torch to run, and nothing of sparsify"]
+    return files
 
 
 @contextlib.contextmanager
@@ -76,15 +111,23 @@ def _shims() -> Iterator[dict[str, Any]]:
 
 def load(path: Path) -> Runner:
     """The package as a call. Raises ExportError."""
-    read_contents(path)
+    contents = read_contents(path)
     check_whole(path)
+    missing = sorted(set(contents.processor) - native.instructions())
+    if missing:
+        raise ExportError(f"file {str(path)!r} was compiled for a processor with {', '.join(missing)}, which this one "
+                          "has not. Export the model on a processor like this one, or as an ExportedProgram.")
     try:
-        package = torch._inductor.aoti_load_package(str(path))
+        models = load_pt2(str(path)).aoti_runners
     except Exception as error:  # what torch raises for a package of another version is of many kinds
         raise ExportError(f"file {str(path)!r} is whole, but this torch ({torch.__version__}) cannot load it: {error}. "
                           "Export the model again.") from error
 
+    ends = len(models) > 1 or (contents.buckets and contents.buckets[-1][1] is not None)
+
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        return [x for x in pytree.tree_leaves(package(*args, **kwargs)) if isinstance(x, Tensor)]
+        place = contents.bucket_of(args, kwargs) if ends else 0
+        model = models[_name(place if len(models) > 1 else 0)]
+        return [x for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
 
     return run

@@ -19,12 +19,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.export.graph_signature import ExportGraphSignature, OutputSpec
+from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputSpec
 
 from sparsify.backend import default_plan, site_shapes
 from sparsify.errors import ExportError, ModelError, OptionError, ShapeError
+from sparsify.passes import run_exported
 from sparsify.passes.graph import expression
-from sparsify.passes.pipeline import run_exported
 from sparsify.passes.site import SiteRecord
 from sparsify.plan import Bucket, Plan, resolve_plan
 
@@ -84,7 +84,7 @@ def capture(model: nn.Module, inputs: Any, plan: Any = None, dynamic_shapes: Any
         inputs_of_graph = [node.meta["val"] for node in dense.graph.find_nodes(op="placeholder")]
         chosen = default_plan(inputs_of_graph) if plan is None else resolve_plan(plan, "cpu")
         before = _ranges(inputs_of_graph)
-        graph, records = run_exported(dense.graph_module, inputs_of_graph, chosen)
+        graph, records = run_exported(dense.graph_module, inputs_of_graph, chosen, _constants(dense))
         if _ranges(inputs_of_graph) != before:
             raise ExportError("the pass narrowed the lengths that the exported model takes, from "
                               f"{_say(before)} to {_say(_ranges(inputs_of_graph))}. Please report this; "
@@ -151,9 +151,19 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
     except Exception:  # the first one names the user's line more often
-        reason = str(first).strip().splitlines() or [type(first).__name__]
-        raise ExportError(f"torch.export cannot export the model: {type(first).__name__}: {reason[0]} Change the model "
+        reason = " ".join(line.strip() for line in str(first).strip().splitlines()[:3])
+        raise ExportError(f"torch.export cannot export the model: {type(first).__name__}: {reason} Change the model "
                           "or dynamic_shapes; torch.export.draft_export lists all that is in the way.") from first
+
+
+def _constants(program: ExportedProgram) -> list[Tensor | None]:
+    """By input of the graph: the buffer or constant that is stored in the program; None for weights and the rest."""
+    kept = {**program.state_dict, **program.constants}
+    found: list[Tensor | None] = []
+    for spec in program.graph_signature.input_specs:
+        value = kept.get(spec.target) if spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR) else None
+        found.append(value if isinstance(value, Tensor) else None)
+    return found
 
 
 def _ranges(values: Sequence[Any]) -> dict[str, Any]:
@@ -186,14 +196,19 @@ def _program(exported: ExportedProgram, graph: fx.GraphModule) -> ExportedProgra
     for old, new in zip(*(g.find_nodes(op="placeholder") for g in (exported.graph, graph.graph)), strict=True):
         new.name = new.target = old.name
     graph.recompile()
+    program = with_graph(exported, graph)
+    _plain_output(program)
+    return program
+
+
+def with_graph(exported: ExportedProgram, graph: fx.GraphModule) -> ExportedProgram:
+    """The program with another graph, whose inputs have the same names."""
     outputs = pytree.tree_leaves(graph.graph.output_node().args)
     specs = exported.graph_signature.output_specs
     renamed = [OutputSpec(spec.kind, type(spec.arg)(name=node.name) if isinstance(node, fx.Node) else spec.arg,
                           spec.target) for spec, node in zip(specs, outputs, strict=True)]
     graph.graph.output_node().args = (tuple(outputs),)
-    program = exported._update(graph, ExportGraphSignature(exported.graph_signature.input_specs, renamed))
-    _plain_output(program)
-    return program
+    return exported._update(graph, ExportGraphSignature(exported.graph_signature.input_specs, renamed))
 
 
 def _plain_output(program: ExportedProgram) -> None:

@@ -22,8 +22,9 @@ from sparsify.errors import ExportError, OptionError
 from sparsify.exporters.capture import Captured
 from sparsify.exporters.formats import Runner
 
-TIE_SHARE = 0.25
-"""Of the plan's own error: what ties may make of the difference, in root mean square."""
+TIE_SHARE = {"cpu": 0.25, "cuda": 1.0}
+"""Of the plan's own error: what ties may make of the difference, in root mean square. On CUDA a package estimates by
+other kernels than the graph, on Hopper in 16 bits where the graph has eight: it may drop other blocks, but no worse."""
 ROUNDING = 4096
 """Rounding units of the largest output that two orders of the same sums may differ by, through all layers."""
 SECONDS = 2.0  # of timing for each length
@@ -92,7 +93,7 @@ def _check(captured: Captured, sparse: Runner, dense: Runner, length: int | None
     bucket = next((b for b in captured.buckets if length is not None and length in b), None)
     allowed = ROUNDING * unit * largest if atol is None else atol
     where = f"at key length {length}" if length is not None else "at the example inputs"
-    if difference > allowed and difference_rms > TIE_SHARE * own_rms:
+    if difference > allowed and difference_rms > TIE_SHARE[tensors[0].device.type] * own_rms:
         raise ExportError(f"the written file differs from the model it was made of by {difference:.3g} {where} "
                           f"({allowed:.3g} is allowed): it was not kept. Please report this; a larger atol accepts "
                           "it.")

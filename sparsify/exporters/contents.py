@@ -4,6 +4,7 @@ A `.pt2` file holds it as an extra file, an ONNX file in its metadata. `sparsify
 `sparsify bench --exported FILE` makes inputs by it.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,7 @@ class Contents:
     ranges      the least and greatest value of every symbol in the sizes; None: no end
     key_length  the key length that chooses the bucket, in those symbols; None: no site has a table
     buckets     the ranges of key lengths, as far as they can be reached
+    processor   instructions that machine code for a CPU may use; empty: the file holds none
     """
 
     target: str
@@ -76,6 +78,7 @@ class Contents:
     ranges: Mapping[str, tuple[int, int | None]]
     key_length: str | None
     buckets: tuple[tuple[int, int | None], ...]
+    processor: tuple[str, ...] = ()
     sparsify: str = __version__
     torch: str = torch.__version__
     ops: int = VERSION
@@ -115,7 +118,8 @@ class Contents:
                        tuple(SiteRecord(**{**site, "depends": tuple(site["depends"])}) for site in data["sites"]),
                        tuple(Input(**{**x, "sizes": tuple(x["sizes"])}) for x in data["inputs"]),
                        {name: (low, high) for name, (low, high) in data["ranges"].items()}, data["key_length"],
-                       tuple((lo, hi) for lo, hi in data["buckets"]), data["sparsify"], data["torch"], data["ops"])
+                       tuple((lo, hi) for lo, hi in data["buckets"]), tuple(data["processor"]), data["sparsify"],
+                       data["torch"], data["ops"])
         except (KeyError, TypeError, ValueError, PlanError) as error:
             raise ExportError(f"{where}: its {NAME} cannot be read ({type(error).__name__}: {error}). Export the model "
                               "again.") from error
@@ -128,6 +132,23 @@ class Contents:
         made = [(x, x.random(values, rng)) for x in self.inputs]
         return (tuple(tensor for x, tensor in made if not x.keyword),
                 {x.name: tensor for x, tensor in made if x.keyword})
+
+    def bucket_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """Number of the bucket that a call is in. Raises OptionError for a key length that the file does not take."""
+        if self.key_length is None:
+            return 0
+        given = [x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor)]
+        values: dict[str, int] = {}
+        for known, tensor in zip(self.inputs, given, strict=True):
+            for expr, size in zip(known.sizes, tensor.shape, strict=True):
+                if not isinstance(expr, int) and parse_size(expr).is_Symbol:
+                    values[expr] = size
+        length = int(parse_size(self.key_length).subs(values))
+        for place, (lo, hi) in enumerate(self.buckets):
+            if lo <= length and (hi is None or length < hi):
+                return place
+        raise OptionError(f"the call has a key length of {length} and the file takes them from {self.buckets[0][0]} to "
+                          f"{'any' if self.buckets[-1][1] is None else self.buckets[-1][1] - 1}.")
 
     def _values(self, length: int | None, batch: int) -> dict[str, int]:
         rows = {str(symbol) for x in self.inputs for symbol in parse_size(x.sizes[0] if x.sizes else 1).free_symbols}
@@ -163,6 +184,7 @@ class Contents:
 SIZE = re.compile(r"(?:[su]\d+|\d+|[-+*/() ])+")
 
 
+@functools.cache  # a package for CUDA asks at every call
 def parse_size(size: int | str) -> sympy.Expr:
     """A size of a file as an expression. Raises ExportError for what is none: sympy would run it as code."""
     if not SIZE.fullmatch(str(size)):

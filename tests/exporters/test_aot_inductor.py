@@ -67,6 +67,15 @@ def test_a_damaged_package_is_refused(package, tmp_path):
         aot_inductor.load(copy)
 
 
+def test_a_package_for_another_processor_is_refused(package, monkeypatch):
+    """A call would end the process by an illegal instruction."""
+    monkeypatch.setattr(native, "instructions", lambda: frozenset(aot_inductor.describe(package[0]).processor[1:]))
+    with pytest.raises(ExportError, match="was compiled for a processor with"):
+        aot_inductor.load(package[0])
+    monkeypatch.undo()
+    aot_inductor.load(package[0])
+
+
 def test_a_fake_that_lies_about_strides_is_caught(tmp_path, monkeypatch):
     """The first silent fault: the package would read the op's output in another layout, and return garbage."""
     monkeypatch.setattr(planned, "empty_out", lambda q, v: q.new_empty(*q.shape[:3], v.shape[3]))

@@ -44,7 +44,8 @@ def test_the_report_has_a_row_for_every_bucket(exported):
     json.dumps(report.to_dict())
 
 
-@pytest.mark.parametrize("make", [decoder, bert, vit])
+@pytest.mark.parametrize("make", [pytest.param(decoder, marks=pytest.mark.slow),
+                                  pytest.param(bert, marks=pytest.mark.slow), vit])
 def test_a_fresh_process_computes_the_same(make, tmp_path):
     model, inputs = make(*([700] if make is not vit else []))
     path = tmp_path / "model.pt2"
