@@ -561,6 +561,8 @@ extern "C" EXPORTED AOTITorchError aoti_torch_cpu_exact_attention(
     return guarded("exact_attention", result, [&] { return attend_all(q, k, v, scale, given); });
 }
 
+constexpr int64_t FEW_QUERIES = 32;  // as in sparsify/ops/planned.py
+
 extern "C" EXPORTED AOTITorchError aoti_torch_cpu_planned_attention(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, double scale, int64_t* causal_offset, int64_t* window,
     AtenTensorHandle* key_mask, AtenTensorHandle* query_documents, AtenTensorHandle* key_documents,
@@ -573,7 +575,7 @@ extern "C" EXPORTED AOTITorchError aoti_torch_cpu_planned_attention(
     return guarded("planned_attention", result, [&] {
         View queries(q), keys(k), values(v);
         int64_t bucket = std::upper_bound(edges, edges + edge_count, keys.sizes[2]) - edges;
-        if (tolerances[bucket] == 0) return attend_all(q, k, v, scale, given);
+        if (tolerances[bucket] == 0 || queries.sizes[2] <= FEW_QUERIES) return attend_all(q, k, v, scale, given);
         Call call(queries, keys, values, scale, given, true);
         call.select(float(tolerances[bucket]), float(max_densities[bucket]), sinks[bucket], local[bucket],
                     singles[bucket], shifts ? *shifts + bucket * queries.sizes[1] : nullptr);

@@ -42,6 +42,16 @@ def test_the_bucket_of_the_key_length_decides(shape, rng, device, poisoned_memor
         assert out.stride() == wanted.stride()
 
 
+@pytest.mark.parametrize("queries", [FEW_QUERIES, FEW_QUERIES + 1])
+def test_few_queries_are_exact(queries, rng, device):
+    case = Case.random(rng, device, queries, 900, 900 - queries, None)
+    out, budget = planned(case, tolerances=[0.0, 0.1, 0.9]), (0.9, 0.8, 1, 0, 2, 0, ops.VERSION)
+    wanted = {True: exact.run(exact.usual_kernel(*case.qkv, case.masks), *case.qkv, case.scale, case.masks),
+              False: ops.adaptive_attention(*case.qkv, *case.arguments, *budget)}
+    assert torch.equal(out, wanted[queries <= FEW_QUERIES])
+    assert not torch.equal(out, wanted[queries > FEW_QUERIES])
+
+
 def test_shifts_and_protected_keys_are_those_of_the_bucket(rng, device):
     case = Case.random(rng, device, 900, 900, 0, None)
     shifts = [1.0] * 4 + [0.9] * 4 + [0.5, 0.0, 0.3, 0.1]
