@@ -185,11 +185,12 @@ def _documents_of_blocks(masks: Masks) -> tuple[tuple[Tensor, Tensor], tuple[Ten
 
 def _range_of_blocks(ids: Tensor, block: int, shown: Tensor | None) -> tuple[Tensor, Tensor]:
     """Lowest and highest of the shown ids of every block; where none is shown, a range that is empty."""
-    pad = (0, -ids.shape[1] % block)
     limits = torch.iinfo(ids.dtype)
 
     def of_blocks(fill: int) -> Tensor:
         filled = ids if shown is None else torch.where(shown, ids, fill)
-        return torch.nn.functional.pad(filled, pad, value=fill).unflatten(-1, (-1, block))
+        # Not `pad`: its value is a double, which makes the least int64 of the greatest.
+        rest = filled.new_full((len(filled), -ids.shape[1] % block), fill)
+        return torch.cat([filled, rest], 1).unflatten(-1, (-1, block))
 
     return of_blocks(limits.max).amin(-1), of_blocks(limits.min).amax(-1)

@@ -16,11 +16,14 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,9 +33,10 @@ from sparsify.kernels.masks import Masks
 
 log = logging.getLogger("sparsify")
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "products.h")]
+SHIM = Path(__file__).with_name("shim.cpp")
 # Not -ffast-math: as a shared library it would switch denormals off for the whole process.
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-std=c++17",
-         "-shared", "-fPIC"]
+         "-fPIC"]
 
 
 class _Tensor(ctypes.Structure):
@@ -67,6 +71,7 @@ class _Problem(ctypes.Structure):
     ]
 
 
+Opened = TypeVar("Opened")
 MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
 
 
@@ -207,39 +212,60 @@ def _library() -> ctypes.CDLL | None:
 
 def build(*flags: str) -> ctypes.CDLL | None:
     """The library with more flags than usual."""
+    library = _built(SOURCES, ["-shared", *flags], "native", ".so", lambda path: ctypes.CDLL(str(path)))
+    if library is not None:
+        library.summary_floats.restype = ctypes.c_int64
+        library.summary_floats.argtypes = [ctypes.c_int64] * 3
+    return library
+
+
+def shim(*, shared: bool = False) -> Path | None:
+    """shim.cpp, native.cpp in it, as an object file to be linked into another library; None without a compiler.
+
+    shared: as a library of its own, for tests.
+    """
+    torch_root = Path(torch.__file__).parent
+    flags = ["-fvisibility=hidden", f"-I{torch_root / 'include'}"]
+    flags += ["-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"] if shared else ["-c"]
+    return _built([SHIM, *SOURCES], flags, "shim", ".so" if shared else ".o", lambda path: path)
+
+
+def _built(sources: Sequence[Path], flags: Sequence[str], name: str, suffix: str,
+           opened: Callable[[Path], Opened]) -> Opened | None:
+    """The file that the compiler makes of the first source, from the cache or built now; None where it cannot be
+    built, or opened."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    return None if compiler is None else _load([compiler, *FLAGS, *flags])
-
-
-def _load(command: list[str]) -> ctypes.CDLL | None:
-    """The library that this command builds."""
-    content = b"".join(source.read_bytes() for source in SOURCES)
-    key = hashlib.sha256(content + " ".join([*command, _processor()]).encode()).hexdigest()[:16]
+    if compiler is None:
+        return None
+    content = b"".join(source.read_bytes() for source in sources)
+    key = hashlib.sha256(content + " ".join([compiler, *FLAGS, *flags, _processor()]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsify"
     for folder in (cache, None):
         try:
-            target = (folder or Path(tempfile.mkdtemp(prefix="sparsify-"))) / f"native-{key}.so"
+            target = (folder or Path(tempfile.mkdtemp(prefix="sparsify-"))) / f"{name}-{key}{suffix}"
             if not target.exists():
-                _build(command, target)
-            library = ctypes.CDLL(str(target))
+                _build([compiler, *FLAGS, str(sources[0]), *flags], target)  # libraries behind what needs them
+            return opened(target)
         except (OSError, subprocess.SubprocessError) as error:  # a read-only home, a compiler that cannot
-            log.info("sparsify: native.cpp could not be built in %s: %s", folder or "a temporary folder", error)
-            continue
-        library.summary_floats.restype = ctypes.c_int64
-        library.summary_floats.argtypes = [ctypes.c_int64] * 3
-        return library
+            log.info("sparsify: %s could not be built in %s: %s", sources[0].name, folder or "a temporary folder",
+                     error)
     return None
 
 
 def _build(command: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".so", delete=False) as partial:
-        command = [*command, str(SOURCES[0]), "-o", partial.name]
+    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=target.suffix, delete=False) as partial:
+        command = [*command, "-o", partial.name]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         os.replace(partial.name, target)  # whole or not at all, also when two processes build at once
     finally:
         Path(partial.name).unlink(missing_ok=True)
+
+
+def instructions() -> frozenset[str]:
+    """The names of the vector and matrix instructions of this processor, as far as the system tells them."""
+    return frozenset(re.findall(r"\b(?:avx|amx|fma|bmi|f16c|gfni|vaes|sse4|sve|asimd)\w*", _processor()))
 
 
 def _processor() -> str:

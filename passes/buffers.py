@@ -66,10 +66,10 @@ Reading = Same | Ramp | Band
 
 @dataclass(frozen=True, eq=False)
 class Buffer:
-    """A tensor that outlives the call, and where Dynamo finds it."""
+    """A tensor that outlives the call, and where Dynamo finds it; None: it is a constant of an exported graph."""
 
     tensor: Tensor
-    source: Source
+    source: Source | None
 
     @functools.cached_property
     def reading(self) -> Reading | None:
@@ -94,9 +94,22 @@ def buffers_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[fx.Nod
     return found
 
 
+def constants_of(gm: fx.GraphModule, values: Sequence[Tensor | None]) -> dict[fx.Node, Buffer]:
+    """The same for a graph of torch.export, whose buffers go into the file: nobody need watch them.
+
+    values: by placeholder, the tensor that it stands for, or None.
+    """
+    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), values, strict=True))
+    written = {node for node in mutations(gm.graph) if node in inputs}
+    return {node: Buffer(x, None) for node, x in inputs.items()
+            if x is not None and node not in written and _is_readable(x) and not _is_counter(x)}
+
+
 def watch(readings: Mapping[Buffer, Reading]) -> None:
     """Guard the code that is being compiled on what was read."""
     for buffer, reading in readings.items():
+        if buffer.source is None:
+            continue
         guards.install_guard(Guard(buffer.source, functools.partial(_install, _Watch(buffer.tensor, reading))))
 
 

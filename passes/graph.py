@@ -4,6 +4,8 @@ import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +69,24 @@ def same(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
+_MAY_GUARD: ContextVar[bool] = ContextVar("sparsify_may_guard", default=True)
+
+
+@contextmanager
+def without_guards() -> Iterator[None]:
+    """Sizes agree only where they are known to be equal: for graphs whose guards nobody would check."""
+    token = _MAY_GUARD.set(False)
+    try:
+        yield
+    finally:
+        _MAY_GUARD.reset(token)
+
+
 def agree(a: Any, b: Any) -> bool:
     """Whether two sizes are equal; sizes that happen to be equal are held to it by a guard."""
     if same(a, b):
         return True
-    return not (free_unbacked_symbols(a) or free_unbacked_symbols(b)) and bool(a == b)
+    return _MAY_GUARD.get() and not (free_unbacked_symbols(a) or free_unbacked_symbols(b)) and bool(a == b)
 
 
 def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

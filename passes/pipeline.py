@@ -1,13 +1,15 @@
 """The passes, in order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import sympy
+from torch import Tensor, fx
 
-from sparsify.passes.buffers import buffers_of
+from sparsify.passes.buffers import Buffer, buffers_of, constants_of
 from sparsify.passes.choose import all_symbols, choose_budgets, strict_symbols
 from sparsify.passes.find import find_attention
+from sparsify.passes.graph import without_guards
 from sparsify.passes.normalise import graphs, normalise
 from sparsify.passes.protect import INSIDE, NO_MASK, protect_sites, take_masks
 from sparsify.passes.prove import prove_masks
@@ -27,6 +29,19 @@ def run(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan, verify_ma
     return normal, rewrite(normal, plan, example_inputs, verify_masks, protects)
 
 
+def run_exported(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan,
+                 constants: Sequence[Tensor | None] | None = None) -> tuple[fx.GraphModule, list[SiteRecord]]:
+    """`run` for a graph of torch.export, whose inputs are fakes: no guard is made, for nobody would check it.
+
+    A site whose key length may be in several buckets carries their budgets as a table (`planned_attention`).
+    constants: for each input the buffer that goes into the file in its place, or None; proofs may read it.
+    """
+    normal = normalise(gm, example_inputs)
+    buffers = {} if constants is None else constants_of(normal, constants)
+    with without_guards():
+        return normal, _rewrite(normal, plan, all_symbols(normal), buffers, tables=True)
+
+
 def rewrite(gm: fx.GraphModule, plan: Plan, example_inputs: Sequence[Any] = (),
             verify_masks: bool = False, protects: bool = False) -> list[SiteRecord]:
     """Rewrite a graph that `normalise` made, in place: what became of each site.
@@ -35,17 +50,24 @@ def rewrite(gm: fx.GraphModule, plan: Plan, example_inputs: Sequence[Any] = (),
     hands to a backend, key lengths are compared with the plan's buckets (each comparison is a guard) and buffers are
     read; without them no guard could hold, so a length that may be in several buckets gets the most exact budget.
     """
-    guarded = len(example_inputs) > 0
-    strict = strict_symbols(gm, example_inputs) if guarded else all_symbols(gm)
-    buffers = buffers_of(gm, example_inputs) if guarded else {}
+    if not example_inputs:
+        with without_guards():
+            return _rewrite(gm, plan, all_symbols(gm), {}, verify_masks, protects)
+    strict = strict_symbols(gm, example_inputs)
+    return _rewrite(gm, plan, strict, buffers_of(gm, example_inputs), verify_masks, protects, may_guard=not strict)
+
+
+def _rewrite(gm: fx.GraphModule, plan: Plan, strict: frozenset[sympy.Symbol], buffers: Mapping[fx.Node, Buffer],
+             verify_masks: bool = False, protects: bool = False, may_guard: bool = False,
+             tables: bool = False) -> list[SiteRecord]:
     records: list[SiteRecord] = []
     masks = take_masks(gm.graph)
     for graph in graphs(gm):
         found = find_attention(graph)
         proven = prove_masks(graph, found, buffers if graph is gm else {})
-        chosen = choose_budgets(proven, plan, strict, len(records))
+        chosen = choose_budgets(proven, plan, strict, len(records), tables)
         if protects or masks:
             missing = NO_MASK if graph is gm else INSIDE
-            chosen = protect_sites(chosen, masks if graph is gm else (), missing, guarded and not strict)
+            chosen = protect_sites(chosen, masks if graph is gm else (), missing, may_guard)
         records += rewrite_sites(graph, chosen, len(records), verify_masks)
     return records

@@ -1,9 +1,10 @@
 """Replace every chosen site by one op.
 
 Given   sites with their masks proven and budgets chosen.
-Leaves  the same graph: sparse buckets call adaptive_attention; dense ones SDPA where it can say the mask without a
-        tensor, else exact_attention; what built the masks, the scores and the repeated heads is gone; a record per
-        site. The result stands where the old output stood, with its dtype, and its strides wherever a user could see.
+Leaves  the same graph: sparse buckets call adaptive_attention, tables of buckets planned_attention; dense ones SDPA
+        where it can say the mask without a tensor, else exact_attention; what built the masks, the scores and the
+        repeated heads is gone; a record per site. The result stands where the old output stood, with its dtype, and
+        its strides wherever a user could see.
 Never   touches a refused site, nor a dense one that is SDPA's own business: no mask tensor, nothing to gain.
 
     softmax(q @ k^T * scale + mask) @ v   ->   sparsify.adaptive_attention(q, k, v, scale, causal_offset, key_mask, ...)
@@ -49,6 +50,7 @@ from sparsify.passes.site import (
     SiteRecord,
     is_soft,
 )
+from sparsify.plan import Bucket
 
 STRIDE_BLIND = {aten.contiguous.default, aten.linear.default, aten.matmul.default}
 RELAYOUTS = {aten.reshape.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int,
@@ -89,8 +91,11 @@ class _Rewriter:
             op = "scaled_dot_product_attention"
         else:
             op = self.replace(index, chosen)
+        budget = str(chosen.budget)
+        if chosen.table is not None and len(chosen.table) > 1:
+            budget = "; ".join(f"{bucket} {bucket.budget}" for bucket in chosen.table)
         return SiteRecord(index, outcome, site.form, site.origin.line, site.origin.module, why, site.output.node.name,
-                          str(chosen.mask), str(chosen.bucket), str(chosen.budget), op, depends, *_sizes(site),
+                          str(chosen.mask), str(chosen.bucket), budget, op, depends, *_sizes(site),
                           protection=chosen.protection)
 
     def replace(self, index: int, chosen: ChosenSite) -> str:
@@ -124,11 +129,15 @@ class _Rewriter:
             else:
                 attention = (query, key, values, scale, offset, window, visible_keys, *documents, attn_mask,
                              site.softcap or 0.0, sink_logits)
+                protected = chosen.protected and self.replaced.get(chosen.protected, chosen.protected)
                 if budget.is_dense:
                     new = emit(graph, torch.ops.sparsify.exact_attention.default, *attention, ops.VERSION)
+                elif chosen.table is not None:
+                    *columns, factors = _columns(chosen.table, site)
+                    new = emit(graph, torch.ops.sparsify.planned_attention.default, *attention, *columns, index,
+                               ops.VERSION, *_trimmed((factors, None), (protected, None)))
                 else:
                     shifts = None if budget.shifts is None else list(budget.shifts)
-                    protected = chosen.protected and self.replaced.get(chosen.protected, chosen.protected)
                     new = emit(graph, torch.ops.sparsify.adaptive_attention.default, *attention, budget.tolerance,
                                budget.max_density, budget.sinks, budget.local, budget.singles, index, ops.VERSION,
                                *_trimmed((budget.peaks or 0.0, 0.0), (shifts, None), (protected, None)))
@@ -271,6 +280,18 @@ class _Rewriter:
         with at.graph.inserting_before(at):
             return emit(at.graph, aten.full.default, [heads], sink, dtype=torch.float32,
                         device=value(site.query.node).device)
+
+
+def _columns(table: tuple[Bucket, ...], site: AttentionSite) -> tuple[Any, ...]:
+    """The buckets of a table as `planned_attention` takes them, from its edges to its peaks; and its shifts."""
+    budgets = [bucket.budget for bucket in table]
+    shifts: list[float] | None = None
+    if any(budget.shifts for budget in budgets):
+        shifts = [shift for budget in budgets for shift in budget.shifts or [1.0] * int(site.heads)]
+    return ([bucket.lo for bucket in table[1:]], [budget.tolerance or 0.0 for budget in budgets],
+            [budget.max_density for budget in budgets], [budget.sinks for budget in budgets],
+            [budget.local for budget in budgets], [budget.singles for budget in budgets],
+            [budget.peaks or 0.0 for budget in budgets], shifts)
 
 
 def _trimmed(*arguments: tuple[Any, Any]) -> list[Any]:

@@ -219,6 +219,8 @@ class ProvenSite:
 class ChosenSite:
     """A proven site with the budget that holds in this graph, its bucket, and how the decision was made.
 
+    table       buckets one after the other, where the call decides: `bucket` spans them, `budget` is one that drops
+                something. None: `budget` holds for every call
     protected   bool [B or 1, kv_len]: keys whose blocks are kept; None: none
     protection  what became of the wish to protect keys, in words; empty: nobody asked
     """
@@ -230,6 +232,7 @@ class ChosenSite:
     how: str
     protected: fx.Node | None = None
     protection: str = ""
+    table: tuple[Bucket, ...] | None = None
 
 
 @dataclass(frozen=True)

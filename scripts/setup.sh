@@ -16,7 +16,7 @@ done
 # A CUDA machine keeps the torch it has, if sparsify supports it; else it gets one of the supported range. Without
 # CUDA the version is pinned to one that has a CPU build: an unpinned torch would bring gigabytes of CUDA.
 supported='import sys, torch; sys.exit(not (torch.cuda.is_available() and (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)))'
-options= torch= extras=models,cli,dev
+options= torch= extras=models,cli,onnx,dev
 if ! ls /dev/nvidia[0-9]* >/dev/null 2>&1; then
     torch='torch==2.13.0' extras=$extras,interpreter
 elif "$python" -c "$supported" 2>/dev/null; then

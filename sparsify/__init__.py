@@ -4,6 +4,7 @@
     print(sparsify.explain(model, input_ids))  # what became of each attention site
     plan = sparsify.calibrate(model, samples)  # a plan fitted to a model and its texts
     report = sparsify.benchmark(model, text)   # before and after, per length
+    sparsify.export(model, inputs, "model.pt2")   # a file that holds the plan
 """
 
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import (
     DeviceError,
+    ExportError,
     MaskError,
     ModelError,
     OptionError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from sparsify.backend import compile
     from sparsify.calibration import Sample, calibrate
     from sparsify.explanation import explain
+    from sparsify.exporters import ExportReport, export
     from sparsify.measurement import benchmark
 
 __version__ = "0.1.0"
@@ -34,6 +37,8 @@ __all__ = [
     "Bucket",
     "Budget",
     "DeviceError",
+    "ExportError",
+    "ExportReport",
     "MaskError",
     "ModelError",
     "OptionError",
@@ -48,11 +53,13 @@ __all__ = [
     "calibrate",
     "compile",
     "explain",
+    "export",
 ]
 
 # Imported at first use: Dynamo takes seconds, and brings Triton where that is installed.
-_LAZY = {"Sample": "sparsify.calibration", "benchmark": "sparsify.measurement", "calibrate": "sparsify.calibration",
-         "compile": "sparsify.backend", "explain": "sparsify.explanation"}
+_LAZY = {"ExportReport": "sparsify.exporters", "Sample": "sparsify.calibration", "benchmark": "sparsify.measurement",
+         "calibrate": "sparsify.calibration", "compile": "sparsify.backend", "explain": "sparsify.explanation",
+         "export": "sparsify.exporters"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `sparsify bench`, `explain`, `calibrate`, `tune`, `plan show | diff | check`.
+"""The command line: `sparsify bench`, `explain`, `calibrate`, `tune`, `export`, `plan show | diff | check`.
 
 Results go to stdout, everything else to stderr. A caller's mistake is one line and exit code 2.
 """
@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,6 +41,18 @@ class Dtype(StrEnum):
 class Metric(StrEnum):
     KL = "kl"
     LOSS = "loss"
+
+
+class Target(StrEnum):
+    EXPORT = "export"
+    AOT_INDUCTOR = "aot_inductor"
+    ORT = "ort"
+    TENSORRT = "tensorrt"
+
+
+class Form(StrEnum):
+    FUNCTION = "function"
+    INLINE = "inline"
 
 
 class _Group(TyperGroup):
@@ -85,10 +98,18 @@ def bench(
     dtype: DtypeOption = None,
     plan: PlanOption = None,
     guarantee: GuaranteeOption = None,
+    exported: Annotated[Path | None, typer.Option(
+        "--exported", metavar="FILE", help="Time a file that `sparsify export` wrote, in its own runtime, in place of "
+                                           "a model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model before and after: time, density and quality per length."""
     numbers = None if lengths is None else _parse_lengths(lengths)
+    if exported is not None:
+        _refuse_beside("exported", exported, model=model, text=text, plan=plan, guarantee=guarantee, device=device,
+                       dtype=dtype)
+        _time_exported(exported, numbers, as_json)
+        return
     loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan, guarantee)
     from sparsify.measurement import benchmark
 
@@ -105,6 +126,9 @@ def bench(
 
 @app.command()
 def explain(
+    file: Annotated[Path | None, typer.Argument(
+        metavar="[FILE]", show_default="a model",
+        help="A file that `sparsify export` wrote, in place of a model: what is in it.")] = None,
     model: ModelOption = None,
     text: TextOption = None,
     length: Annotated[int, typer.Option(help="Tokens of text to run on.")] = 4096,
@@ -115,7 +139,12 @@ def explain(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to FILE as well.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what becomes of each attention of a model, and why."""
+    """Say what becomes of each attention of a model, and why; or what is in an exported file."""
+    if file is not None:
+        _refuse_beside("file", file, model=model, text=text, plan=plan, guarantee=guarantee, html=html, device=device,
+                       dtype=dtype)
+        _explain_exported(file, as_json)
+        return
     if html is not None:
         try:
             html.touch()
@@ -237,6 +266,101 @@ def calibrate(
                                holdout=holdout, progress=tell, out=out)
     typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
     console.print(f"wrote {out}", markup=False)
+
+
+@app.command()
+def export(
+    model: Annotated[str | None, typer.Argument(
+        metavar="[MODEL]", show_default="the shipped tiny-lm", help="Model, as for --model elsewhere.")] = None,
+    out: Annotated[Path, typer.Option(
+        "--out", "-o", metavar="FILE",
+        help="File to write; its suffix says the format. A report goes beside it.")] = Path("model.pt2"),
+    target: Annotated[Target | None, typer.Option(
+        show_default="export for .pt2, ort for .onnx",
+        help="For .pt2: export (an ExportedProgram) or aot_inductor (compiled; runs without sparsify). For .onnx: ort "
+             "(one file) or tensorrt (one file a bucket, for its parser).")] = None,
+    opset: Annotated[int | None, typer.Option(show_default="the format's", help="Opset of an ONNX file.")] = None,
+    form: Annotated[Form | None, typer.Option(
+        show_default="the format's", help="Attention in an ONNX file: a function, or inlined.")] = None,
+    past: Annotated[bool, typer.Option(
+        "--with-past", help="Keys and values as inputs and outputs, past_key_values and present: for loops that "
+                            "generate.")] = False,
+    text: TextOption = None,
+    lengths: Annotated[str | None, typer.Option(
+        metavar="N,N,...", show_default="one for each bucket",
+        help="Key lengths at which the file is checked.")] = None,
+    atol: Annotated[float | None, typer.Option(
+        show_default="rounding", help="How far logits of the file may be from those of the graph.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    plan: PlanOption = None,
+    guarantee: GuaranteeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model to a file that runs its attention under a plan, check the file, and report."""
+    from sparsify.exporters.formats import find_format
+
+    kind = None if target is None else target.value
+    find_format(out, kind)
+    numbers = None if lengths is None else _parse_lengths(lengths)
+    loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan, guarantee)
+    import torch
+
+    from sparsify.exporters import export as export_model
+    from sparsify.measurement import encode
+
+    rows, tokens = EXPORT_EXAMPLE
+    ids = encode(words, loaded.tokenizer)[: rows * tokens]
+    if len(ids) < rows * tokens:
+        raise TextError(f"text has {len(ids)} tokens and the example takes {rows * tokens}. Give a longer text.")
+    network: Any = loaded.model
+    inputs: dict[str, Any] = {"input_ids": ids.view(rows, tokens).to(network.device)}
+    shapes = None
+    if past:
+        from sparsify.exporters.decoder import with_past
+
+        network, inputs, shapes = with_past(network)
+    else:
+        network.config.use_cache = False  # keys and values of a call would be outputs of the file
+    options = {name: value for name, value in (("opset", opset), ("form", form and form.value)) if value is not None}
+    with _progress() as tell, torch.no_grad():
+        report = export_model(network, inputs, out, plan=chosen_plan, dynamic_shapes=shapes, target=kind,
+                              lengths=numbers, atol=atol, progress=tell, **options)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    console.print(f"wrote {', '.join(report.files)} and {report.report_path.name} in {out.parent}", markup=False)
+
+
+EXPORT_EXAMPLE = (2, 256)
+"""Rows and tokens that a model is exported with: more than one of either, so that both stay free."""
+
+
+def _refuse_beside(name: str, value: Path, **others: Any) -> None:
+    """A file that is exported already holds its model and plan."""
+    given = next((other for other, x in others.items() if x is not None), None)
+    if given is not None:
+        raise OptionError(f"{name} is {str(value)!r} and {given} is {str(others[given])!r}. The file holds its model "
+                          f"and plan; leave {given} out.")
+
+
+def _time_exported(file: Path, lengths: list[int] | None, as_json: bool) -> None:
+    from sparsify.exporters.timing import time_file
+
+    with _progress() as tell:
+        rows = time_file(file, lengths, progress=tell)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    typer.echo("| key length | batch | bucket | ms |\n|---|---|---|---|")
+    for row in rows:
+        length = "as given" if row.length is None else row.length
+        typer.echo(f"| {length} | {row.batch} | {row.bucket} | {row.ms:.1f} |")
+
+
+def _explain_exported(file: Path, as_json: bool) -> None:
+    from sparsify.exporters.formats import format_of
+
+    contents = format_of(file).describe(file)
+    typer.echo(contents.to_json() if as_json else str(contents))
 
 
 @plan_app.command()

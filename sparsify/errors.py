@@ -38,3 +38,7 @@ class MaskError(SparsifyError):
 
 class SampleError(SparsifyError):
     """Samples that no plan can be calibrated on: too few, too short, or not what the model takes."""
+
+
+class ExportError(SparsifyError):
+    """A model that torch cannot export as asked, or a file that is not what it should be."""

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from sparsify import measurement
 from sparsify.cli import app
+from sparsify.exporters import timing
+from sparsify.exporters.check import check
 from sparsify.models.loading import HELDOUT_TEXT, TINY_LM
 from sparsify.plan import Plan
 from tests.small_model import EDGE, PLAN, save_small_model
@@ -128,6 +130,54 @@ def test_plan_diff(calibrated, files):
     assert other.exit_code == 1
     assert f"[1, {EDGE}): " not in other.stdout  # dense in both
     assert f"[{EDGE}, inf): tolerance 0.05 -> dense" in other.stdout
+
+
+@pytest.fixture(scope="module")
+def exported(files):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[check.__module__], "SECONDS", 0.0)
+        return run("export", files / "model", "-o", files / "model.pt2", "--plan", files / "plan.json", "--text",
+                   files / "text.txt", "--device", "cpu", "--lengths", f"64,{2 * EDGE}", "--json")
+
+
+def test_export_writes_a_file_and_its_report(exported, files):
+    assert exported.exit_code == 0, exported.output
+    report = json.loads(exported.stdout)
+    assert [row["length"] for row in report["checks"]] == [64, 2 * EDGE]
+    assert report["plan"] == PLAN.hash
+    assert (files / "model.pt2.md").read_text().startswith("# model.pt2")
+    assert "comparing at 64" in exported.stderr and "model.pt2.md" in exported.stderr
+
+
+def test_explain_and_bench_take_the_file(exported, files, monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    told = run("explain", files / "model.pt2")
+    assert told.exit_code == 0, told.output
+    assert f"plan small ({PLAN.hash})" in told.stdout and "planned_attention" in told.stdout
+    assert json.loads(run("explain", files / "model.pt2", "--json").stdout)["plan_hash"] == PLAN.hash
+    timed = run("bench", "--exported", files / "model.pt2", "--json")
+    assert timed.exit_code == 0, timed.output
+    assert [(row["length"], row["bucket"]) for row in json.loads(timed.stdout)] == [
+        (64, f"[1, {EDGE})"), (EDGE, f"[{EDGE}, inf)")]
+    assert "| 300 | 1 | " in run("bench", "--exported", files / "model.pt2", "--lengths", "300").stdout
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["explain", "no-such-file.pt2"], "'no-such-file.pt2' does not exist"),
+    (["explain", __file__], "is no exported file"),
+    (["explain", "x.pt2", "--model", "y"], "model is 'y'. The file holds its model"),
+    (["bench", "--exported", "x.pt2", "--plan", "y"], "plan is 'y'. The file holds its model"),
+    (["bench", "--exported", "x.pt2"], "'x.pt2' does not exist"),
+    (["export", "-o", "model.bin"], "path is 'model.bin'"),
+    (["export", "-o", "model.pt2", "--target", "ort"], "target is 'ort'"),
+    (["export", "-o", "no-such-folder/model.pt2"], "its folder does not exist"),
+    (["export", "-o", "model.pt2", "--opset", "23"], "opset is 23"),
+])
+def test_mistakes_about_exported_files(arguments, words):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith(("reading", "sparsify: "))]
+    assert line.startswith("error: ") and words in line
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -15,6 +15,11 @@ REST = 3
 # sympy comes with torch and speaks for its symbolic shapes; mpmath, its arithmetic, comes with it.
 CORE = {"torch", "packaging", "sympy", "mpmath", "sparsify"}
 EXTRAS = {
+    "exporters/decoder.py": {"transformers"},
+    "exporters/onnx.py": {"onnx", "onnx_ir", "onnxruntime", "google"},
+    "exporters/onnx_translate.py": {"onnx", "onnx_ir", "onnxscript"},
+    "exporters/tensorrt.py": {"onnx_ir", "onnxscript"},
+    "exporters/tensorrt_segments.py": {"torch_tensorrt"},
     "cli.py": {"typer", "rich", "transformers"},
     "models/loading.py": {"transformers"},
     "models/tasks.py": {"numpy", "tokenizers"},
@@ -22,7 +27,7 @@ EXTRAS = {
 
 SOURCES = {
     path.relative_to(ROOT / "sparsify").as_posix(): ROOT / "sparsify" / path.relative_to(ROOT / "sparsify")
-    for folder in ("", "ops", "passes", "kernels", "models", "calibration")
+    for folder in ("", "ops", "passes", "kernels", "models", "calibration", "exporters")
     for path in sorted((ROOT / "sparsify" / folder).glob("*.py"))
 }
 

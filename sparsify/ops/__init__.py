@@ -2,6 +2,7 @@
 
     exact_attention          dense buckets: nothing is dropped
     adaptive_attention       sparse buckets: select_blocks, then block_sparse_attention
+    planned_attention        exported graphs: the table of a plan's buckets, looked up at each call
     select_blocks            the key blocks that every query block keeps
     block_sparse_attention   attention over kept lists
     check_mask               what a proof says of a mask, compared with the mask itself
@@ -30,6 +31,7 @@ All masks hold together. A row that sees no key gives zeros, with sink logits to
 
 from sparsify.ops.attend import adaptive_attention, block_sparse_attention, exact_attention
 from sparsify.ops.counters import Counters, counting
+from sparsify.ops.planned import planned_attention
 from sparsify.ops.probing import probing
 from sparsify.ops.protect import protect_keys
 from sparsify.ops.select import select_blocks
@@ -44,6 +46,7 @@ __all__ = [
     "check_mask",
     "counting",
     "exact_attention",
+    "planned_attention",
     "probing",
     "protect_keys",
     "select_blocks",

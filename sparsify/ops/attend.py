@@ -40,7 +40,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
 @block_sparse_attention.register_fake
 def _(q, k, v, kept, counts, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap,
       sink_logits):
-    return _empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("sparsify::adaptive_attention", mutates_args=())
@@ -88,7 +88,7 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
 @adaptive_attention.register_fake
 def _(q, k, v, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits,
       tolerance, max_density, sinks, local, singles, site, version, peaks=0.0, shifts=None, protected=None):
-    return _empty_out(q, v)
+    return empty_out(q, v)
 
 
 @torch.library.custom_op("sparsify::exact_attention", mutates_args=())
@@ -108,7 +108,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offset
 @exact_attention.register_fake
 def _(q, k, v, scale, causal_offset, window, key_mask, query_documents, key_documents, attn_mask, softcap, sink_logits,
       version):
-    return _empty_out(q, v)
+    return empty_out(q, v)
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tensor:
@@ -122,6 +122,7 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tenso
     return exact.run(usual, q, k, v, scale, masks)
 
 
-def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+def empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """What the fakes of the attention ops return: true shape, dtype and strides."""
     batch, heads, q_len, _ = q.shape
     return q.new_empty(batch, q_len, heads, v.shape[3]).transpose(1, 2)

@@ -1,0 +1,133 @@
+"""`.pt2` as an AOTInductor package: machine code, which runs where neither sparsify nor Python is.
+
+    torch._inductor.aoti_load_package("model.pt2")            in Python, with torch alone
+    torch::inductor::AOTIModelPackageLoader("model.pt2")      in C++, with libtorch
+
+On a CPU the ops of the graph are C functions: AOTInductor writes calls of them and links kernels/shim.cpp into the
+package, so a package is as fast as the compiled model, and the table of buckets is looked up inside. Like all code that
+Inductor makes for a CPU, it is for processors like the one it was compiled on.
+
+On CUDA there is a model for each bucket in the package (buckets.py): "model" for the first, "model_bucket1" and so on.
+`load` takes the one of each call; elsewhere whoever loads the package does, by the buckets in its sparsify.json.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2, package_pt2
+
+from sparsify.errors import ExportError
+from sparsify.exporters.archive import check_whole, read_contents
+from sparsify.exporters.capture import Captured
+from sparsify.exporters.contents import NAME, Contents
+from sparsify.exporters.formats import Runner
+from sparsify.kernels import native
+
+OPTIONS: frozenset[str] = frozenset()
+
+describe = read_contents
+
+ATTENTION = """AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, double scale, int64_t* causal_offset,
+    int64_t* window, AtenTensorHandle* key_mask, AtenTensorHandle* query_documents, AtenTensorHandle* key_documents,
+    AtenTensorHandle* attn_mask, double softcap, AtenTensorHandle* sink_logits"""
+TABLE = """const int64_t* edges, int64_t, const double* tolerances, int64_t, const double* max_densities, int64_t,
+    const int64_t* sinks, int64_t, const int64_t* local, int64_t, const int64_t* singles, int64_t, const double* peaks,
+    int64_t, int64_t site, int64_t version, const double** shifts, int64_t, AtenTensorHandle* protected_keys"""
+SHIMS = {
+    torch.ops.sparsify.planned_attention.default: [
+        f"AOTITorchError aoti_torch_cpu_planned_attention({ATTENTION}, {TABLE}, AtenTensorHandle* result)"],
+    torch.ops.sparsify.exact_attention.default: [
+        f"AOTITorchError aoti_torch_cpu_exact_attention({ATTENTION}, int64_t version, AtenTensorHandle* result)"],
+}
+"""The declarations of kernels/shim.cpp, as the generated code has them."""
+
+
+def write(captured: Captured, path: Path) -> list[str]:
+    """Compile the program and pack it, with what it says of itself as an extra file. Raises ExportError."""
+    contents = Contents.of(captured, "aot_inductor")
+    if not _is_on_cuda(captured):
+        with _shims() as options:
+            models = {_name(0): _compile(captured, captured.program, options)}
+        contents = replace(contents, processor=tuple(sorted(native.instructions())))
+        notes = ["compiled for this kind of processor; it needs torch to run, and nothing of sparsify"]
+    else:
+        from sparsify.exporters.buckets import LONGEST, needs_sparsify, program_for  # Triton: only here
+
+        if contents.buckets and contents.buckets[-1][1] is None:
+            contents = replace(contents, buckets=(*contents.buckets[:-1], (contents.buckets[-1][0], LONGEST + 1)))
+        models = {_name(i): _compile(captured, program_for(captured, bucket), {"aot_inductor.package": True})
+                  for i, bucket in enumerate(captured.buckets or (None,))}
+        notes = [f"{len(models)} models are in the file, one for each bucket, and weights are in each: "
+                 f"{', '.join(models)}",
+                 "attention in sparse buckets runs on plain Triton kernels: AOTInductor takes no Gluon kernels, which "
+                 "the compiled model has on Hopper", *needs_sparsify(captured)]
+    package_pt2(str(path), aoti_files=models, extra_files={NAME: contents.to_json()})
+    return notes
+
+
+def _name(bucket: int) -> str:
+    """Of the models in a package: one, or one for each bucket. The first is the one that torch takes by itself."""
+    return "model" if bucket == 0 else f"model_bucket{bucket}"
+
+
+def _is_on_cuda(captured: Captured) -> bool:
+    return any(x.is_cuda for x in pytree.tree_leaves((captured.args, dict(captured.kwargs))) if isinstance(x, Tensor))
+
+
+def _compile(captured: Captured, program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
+    with torch.no_grad():
+        files = torch._inductor.aot_compile(program.module(check_guards=False), captured.args, dict(captured.kwargs),
+                                            options=options)
+    assert isinstance(files, list)  # as a package is asked for
+    return files
+
+
+@contextlib.contextmanager
+def _shims() -> Iterator[dict[str, Any]]:
+    """Options under which AOTInductor calls our C functions and links them in."""
+    library = native.shim()
+    if library is None:
+        raise ExportError("no C++ compiler was found, and an AOTInductor package is compiled by one. Install g++, or "
+                          "name one by the environment variable CXX.")
+    before = os.environ.get("LIBRARY_PATH")  # where the linker looks; Inductor has no option for it
+    os.environ["LIBRARY_PATH"] = os.pathsep.join([str(library.parent), *([before] if before else [])])
+    try:
+        yield {"aot_inductor.package": True, "aot_inductor.custom_ops_to_c_shims": SHIMS,
+               "aot_inductor.custom_op_libs": [f":{library.name}"]}
+    finally:
+        if before is None:
+            del os.environ["LIBRARY_PATH"]
+        else:
+            os.environ["LIBRARY_PATH"] = before
+
+
+def load(path: Path) -> Runner:
+    """The package as a call. Raises ExportError."""
+    contents = read_contents(path)
+    check_whole(path)
+    missing = sorted(set(contents.processor) - native.instructions())
+    if missing:
+        raise ExportError(f"file {str(path)!r} was compiled for a processor with {', '.join(missing)}, which this one "
+                          "has not. Export the model on a processor like this one, or as an ExportedProgram.")
+    try:
+        models = load_pt2(str(path)).aoti_runners
+    except Exception as error:  # what torch raises for a package of another version is of many kinds
+        raise ExportError(f"file {str(path)!r} is whole, but this torch ({torch.__version__}) cannot load it: {error}. "
+                          "Export the model again.") from error
+
+    ends = len(models) > 1 or (contents.buckets and contents.buckets[-1][1] is not None)
+
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        place = contents.bucket_of(args, kwargs) if ends else 0
+        model = models[_name(place if len(models) > 1 else 0)]
+        return [x for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
+
+    return run

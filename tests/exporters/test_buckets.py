@@ -1,0 +1,167 @@
+"""A program for each bucket: what packages for CUDA are compiled from. Here its kernels run in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import sparsify
+import tests.interpreter  # noqa: F401
+from sparsify import ops
+from sparsify.errors import OptionError
+from sparsify.exporters import aot_inductor, buckets
+from sparsify.exporters.capture import PLANNED, capture
+from sparsify.exporters.contents import Contents
+from sparsify.kernels import packed
+from sparsify.plan import Bucket, Budget, Plan
+from tests.exporters.models import TWO_EDGES, Attend
+from tests.ops.cases import Case
+
+ROOT = Path(__file__).resolve().parents[2]
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, on a CPU")
+PACKED = torch.ops.sparsify.packed_attention.default
+SMALL = Plan((Bucket(1, 130, Budget.dense()), Bucket(130, 200, Budget(0.1)), Bucket(200, None, Budget(0.4, local=0))))
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """torch 2.11 wraps no function of the interpreter; outside a trace the wrapper is the kernel itself."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(packed, "wrap_triton", lambda kernel: kernel)
+
+
+@ON_CPU
+@pytest.mark.parametrize("shape", [(130, 130, 0, None), (130, 200, 70, "left"), (130, 260, None, "holes")], ids=str)
+def test_the_packed_op_is_the_op(shape):
+    case = Case.random(torch.Generator().manual_seed(0), torch.device("cpu"), *shape, head_dims=(16, 16))
+    ours = packed.packed_attention(*case.qkv, case.masks.key_mask, case.scale, case.masks.causal_offset, 0.3, 0.9, 0, 0,
+                                   2, 16)
+    theirs = ops.adaptive_attention(*case.qkv, *case.arguments, 0.3, 0.9, 0, 0, 2, 0, ops.VERSION)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert ours.stride() == theirs.stride()
+
+
+class Masked(Attend):
+    """With a mask of keys, that one row of the batch is wholly hidden by."""
+
+    def forward(self, x, mask):
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1) | ~mask[:, None, None]
+        scores = (q @ k.mT / 8 ** 0.5).masked_fill(hidden, -1e9)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@ON_CPU
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_program_is_the_table_in_its_bucket(masked):
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 150, 32), torch.rand(2, 150) > 0.2
+    length = Dim("length", max=1000)
+    captured = (capture(Masked(), (x, mask), SMALL, [{1: length}, {1: length}]) if masked else
+                capture(Attend(), x, SMALL, [{1: length}]))
+    assert captured.records[0].mask.startswith("causal")
+    contents = Contents.of(captured, "aot_inductor")
+    for place, (bucket, at) in enumerate(zip(captured.buckets, (100, 150, 250), strict=True)):
+        program = buckets.program_for(captured, bucket)
+        assert not program.graph.find_nodes(op="call_function", target=PLANNED)
+        assert len(program.graph.find_nodes(op="call_function", target=PACKED)) == (place > 0)
+        args, _ = captured.inputs_at(at)
+        torch.testing.assert_close(program.module()(*args), captured.program.module()(*args), rtol=1e-4, atol=1e-5)
+        assert contents.bucket_of(args, {}) == place
+        assert str(program.range_constraints) == str(captured.program.range_constraints)
+
+
+def test_sites_that_cannot_be_packed_are_named():
+    class Window(Attend):
+        def forward(self, x):
+            q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+            place = torch.arange(x.shape[1])
+            seen = (place[:, None] >= place) & (place[:, None] < place + 50)
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+
+    captured = capture(Window(), torch.randn(2, 150, 32), SMALL, [{1: Dim("length", max=1000)}])
+    (line,) = buckets.needs_sparsify(captured)
+    assert "window" in line
+    program = buckets.program_for(captured, captured.buckets[1])
+    assert len(program.graph.find_nodes(op="call_function", target=PLANNED)) == 1
+    assert not buckets.needs_sparsify(capture(Attend(), torch.randn(2, 150, 32), SMALL, [{1: Dim.AUTO}]))
+    wide = capture(Attend(4 * 136), torch.randn(2, 150, 4 * 136), SMALL, [{1: Dim.AUTO}])
+    assert "heads of 136 in torch.float32" in buckets.needs_sparsify(wide)[0]
+
+
+def test_a_call_beyond_the_last_bucket_is_refused():
+    captured = capture(Attend(), torch.randn(2, 150, 32), SMALL, [{1: Dim("length", max=1000)}])
+    contents = Contents.of(captured, "aot_inductor")
+    assert contents.bucket_of((torch.empty(1, 1000, 32),), {}) == 2
+    with pytest.raises(OptionError, match="key length of 1001"):
+        contents.bucket_of((torch.empty(1, 1001, 32),), {})
+
+
+OPENED = """
+import torch, triton
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from triton.backends.compiler import GPUTarget
+from sparsify.kernels import packed
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+class Module(torch.nn.Module):
+    def forward(self, q, k, v, mask):
+        return torch.ops.sparsify.packed_attention(q, k, v, mask, 0.125, 0, 0.03, 0.9, 1, 1, 6, 2048)
+
+triton.runtime.driver.set_active(Driver())
+packed._multiprocessors, packed._shared_memory = lambda device: 132, lambda device: 232448
+length = Dim("length", min=2, max=131072)
+with FakeTensorMode(shape_env=ShapeEnv()):
+    q, k, v = (torch.empty(2, heads, 300, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    mask = torch.empty(2, 300, device="cuda", dtype=torch.bool)
+program = torch.export.export(Module(), (q, k, v, mask), dynamic_shapes=[{2: length}] * 3 + [{1: length}])
+fakes = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
+env = fakes[0].fake_mode.shape_env
+before = len(env.guards)
+with fakes[0].fake_mode, torch.no_grad():
+    graph, _ = aot_export_module(program.graph_module, fakes, trace_joint=False)
+print(sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes), env.guards[before:])
+"""
+
+
+@ON_CPU
+def test_the_op_opens_into_kernels_without_a_guard():
+    """Sizes of scratch memory are no reason to compare a length: AOTInductor would keep the answer to itself.
+
+    In a process of its own: what Triton's interpreter runs cannot be traced. The target is a GPU that is not here.
+    """
+    told = subprocess.run([sys.executable, "-c", OPENED], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True,
+                          capture_output=True, text=True, cwd=ROOT)
+    assert told.stdout.split("\n")[-2] == "4 []"
+
+
+@pytest.mark.gpu
+def test_a_package_for_cuda_runs_without_sparsify(tmp_path):
+    """Written, checked and loaded; then in a process that knows torch alone."""
+    torch.manual_seed(0)
+    model, x = Attend(128).cuda().bfloat16(), torch.randn(2, 700, 128, device="cuda", dtype=torch.bfloat16)
+    path = tmp_path / "model.pt2"
+    report = sparsify.export(model, x, path, plan=TWO_EDGES, dynamic_shapes=[{1: Dim("length", max=4096)}],
+                             target="aot_inductor")
+    assert len(report.checks) == 3 and not any("needs sparsify" in note for note in report.notes)
+    torch.save(x, tmp_path / "x")
+    code = ("import sys, torch\n"
+            "from torch._inductor.package import load_package\n"
+            "out = load_package(sys.argv[1], 'model_bucket2')(torch.load(sys.argv[2]))\n"
+            "assert 'sparsify' not in sys.modules\n"
+            "torch.save(out, sys.argv[3])")
+    subprocess.run([sys.executable, "-I", "-c", code, str(path), str(tmp_path / "x"), str(tmp_path / "out")],
+                   check=True, cwd=tmp_path)
+    (expected,) = aot_inductor.load(path)(x)
+    torch.testing.assert_close(torch.load(tmp_path / "out"), expected, rtol=0, atol=0)

@@ -1,0 +1,163 @@
+"""ONNX for TensorRT: a file a bucket that its parser and builder take; engines are built where its library is.
+
+The build test needs two folders: SPARSIFY_TENSORRT_RTX, which holds libtensorrt_rtx.so* and
+libtensorrt_onnxparser_rtx.so* (the wheel onnxruntime-ep-nv-tensorrt-rtx-cu13 has them), and SPARSIFY_TENSORRT_HEADERS,
+TensorRT's public headers.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify
+from sparsify.errors import ExportError, OptionError
+from sparsify.exporters.capture import capture
+from tests.exporters.models import BATCH, EDGE, SECOND_EDGE, TWO_EDGES, Attend, bert, decoder
+
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+
+from sparsify.exporters import tensorrt as form  # noqa: E402
+
+FREE = [{0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}]
+LIBRARIES, HEADERS = (os.environ.get(f"SPARSIFY_TENSORRT_{name}") for name in ("RTX", "HEADERS"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    return path, sparsify.export(Attend(), torch.randn(BATCH, 500, 32), path, plan=TWO_EDGES, target="tensorrt",
+                                 dynamic_shapes=FREE)
+
+
+def operators(path: Path) -> set[str]:
+    model = onnx.load(path)
+    assert not model.functions
+    return {node.op_type for node in model.graph.node}
+
+
+def test_there_is_a_file_for_every_bucket(exported):
+    path, report = exported
+    names = ["model.bucket1.onnx", "model.bucket2.onnx", "model.onnx", "model.onnx.md", "model.profiles.json"]
+    assert sorted(x.name for x in path.parent.iterdir()) == names
+    for name in names[:3]:
+        assert not operators(path.with_name(name)) & {"If", "Loop", "NonZero"}
+        assert ("TopK" in operators(path.with_name(name))) == ("bucket" in name)  # the first bucket is dense
+    assert [row.length for row in report.checks] == [64, EDGE, SECOND_EDGE]
+    assert "trtexec --onnx=model.bucket2.onnx" in report.to_markdown()
+
+
+def test_profiles_meet_at_the_edges(exported):
+    rows = json.loads((exported[0].parent / "model.profiles.json").read_text())
+    assert [(row["lo"], row["hi"]) for row in rows] == [(1, EDGE), (EDGE, SECOND_EDGE), (SECOND_EDGE, None)]
+    shapes = [row["shapes"]["x"] for row in rows]
+    assert [x["min"] for x in shapes] == [[BATCH, length, 32] for length in (1, EDGE, SECOND_EDGE)]
+    ends = (EDGE - 1, SECOND_EDGE - 1, 4 * SECOND_EDGE)
+    assert [x["max"] for x in shapes] == [[BATCH, length, 32] for length in ends]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [decoder, bert])
+def test_the_files_compute_what_the_graph_does_on_both_sides_of_every_edge(make, tmp_path):
+    captured = capture(*make(), TWO_EDGES)
+    form.write(captured, tmp_path / "model.onnx", room=100)
+    run = form.load(tmp_path / "model.onnx")
+    for length in (EDGE - 1, EDGE, SECOND_EDGE - 1, SECOND_EDGE, 700):
+        args, kwargs = captured.inputs_at(length)
+        with torch.no_grad():
+            (theirs, *_), (dense, *_) = (program.module()(*args, **kwargs).values()
+                                         for program in (captured.program, captured.dense))
+        gap, own = run(*args, **kwargs)[0] - theirs, theirs - dense
+        assert gap.abs().max() < 1e-4 * theirs.abs().max() or gap.square().mean() < own.square().mean() / 16
+    assert own.abs().max() > 1e-3  # the twin: something was dropped
+
+
+def test_a_query_block_without_room_loses_the_least(tmp_path):
+    torch.manual_seed(0)
+    captured = capture(Attend(), torch.randn(BATCH, 700, 32), TWO_EDGES, FREE)
+    outputs = []
+    for room in (100, 1):
+        notes = form.write(captured, tmp_path / "model.onnx", room=room)
+        outputs.append(form.load(tmp_path / "model.onnx")(*captured.args, **captured.kwargs)[0])
+    assert any("room for 1 key blocks" in note for note in notes)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+
+
+class Windowed(nn.Module):
+    """Attention over the last 100 keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        place = torch.arange(x.shape[1])
+        room = place[:, None] - place
+        return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=(room >= 0) & (room < 100)).mean(1)
+
+
+def test_a_site_that_cannot_be_kept_sparse_is_dense_and_listed(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, 500, 32)
+    captured = capture(Windowed(), x, TWO_EDGES, FREE)
+    assert captured.records[0].outcome == "sparse"
+    notes = form.write(captured, tmp_path / "model.onnx")
+    assert sum("attention 0 is dense" in note for note in notes) == 2  # in both sparse buckets
+    torch.testing.assert_close(form.load(tmp_path / "model.onnx")(x)[0], Windowed()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_files_that_were_parted_are_refused(exported, tmp_path):
+    shutil.copy(exported[0], tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="the first of 3 buckets"):
+        form.load(tmp_path / "model.onnx")
+
+
+def test_options_are_checked(tmp_path):
+    with pytest.raises(OptionError, match="form is 'inline'"):
+        sparsify.export(Attend(), torch.randn(BATCH, 64, 32), tmp_path / "model.onnx", target="tensorrt", form="inline")
+    with pytest.raises(OptionError, match="room is 0"):
+        sparsify.export(Attend(), torch.randn(BATCH, 64, 32), tmp_path / "model.onnx", target="tensorrt", room=0)
+    with pytest.raises(OptionError, match="opset is 12"):
+        sparsify.export(Attend(), torch.randn(BATCH, 64, 32), tmp_path / "model.onnx", target="tensorrt", opset=12)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def build_engine(tmp_path_factory) -> Path:
+    """The program that parses and builds."""
+    if not LIBRARIES or not HEADERS:
+        pytest.skip("SPARSIFY_TENSORRT_RTX and SPARSIFY_TENSORRT_HEADERS are not set")
+    folder = tmp_path_factory.mktemp("tensorrt")
+    libraries = []
+    for name in ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"):
+        found = max(Path(LIBRARIES).glob(f"{name}*"))
+        version = found.name.removeprefix(f"{name}.").split(".")
+        for link in (name, f"{name}.{version[0]}"):
+            (folder / link).symlink_to(found.resolve())
+        libraries.append(str(folder / name))
+    # The headers mention two handles of CUDA and nothing else of it.
+    (folder / "cuda_runtime_api.h").write_text("typedef struct CUstream_st* cudaStream_t;\n"
+                                               "typedef struct CUevent_st* cudaEvent_t;\n")
+    major, minor, patch = map(int, version)
+    source = Path(__file__).with_name("build_engine.cpp")
+    subprocess.run(["g++", "-std=c++17", "-O1", "-w", f"-DLIBRARY_VERSION={10000 * major + 100 * minor + patch}",
+                    "-I", HEADERS, "-I", str(folder), str(source), "-o", str(folder / "build_engine"), *libraries,
+                    f"-Wl,-rpath,{folder}"], check=True)
+    return folder / "build_engine"
+
+
+@pytest.mark.parametrize("make", [decoder, bert])
+def test_tensorrt_parses_and_builds_every_file(make, build_engine, tmp_path):
+    form.write(capture(*make(), TWO_EDGES), tmp_path / "model.onnx")
+    for row in json.loads(form.profiles_path(tmp_path / "model.onnx").read_text()):
+        sizes = {name: ["x".join(map(str, shape[which])) for which in ("min", "opt", "max")]
+                 for name, shape in row["shapes"].items()}
+        (tmp_path / "profile").write_text("".join(f"{name} {' '.join(x)}\n" for name, x in sizes.items()))
+        files = [str(tmp_path / row["file"]), str(tmp_path / "profile"), str(tmp_path / "engine")]
+        built = subprocess.run([str(build_engine), *files], capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+        assert (tmp_path / "engine").stat().st_size > 10_000
