@@ -5,10 +5,9 @@
     out       [B, H, L, Dv], in memory [B, L, H, Dv]
     errors    none here: `covers` says which sites this op serves
 
-The launchers of the other files ask for values of shapes (a logarithm of the last block's size, a power of two), which
-a graph for all lengths does not have. Here the last block is always read by its own count, as under a key mask, and
-`width`, the key blocks of the longest call, is given. Plain Triton on every GPU: Inductor does not take Gluon kernels
-(torch 2.11 to 2.13), nor `maxnreg`.
+The launchers of the other files ask for the value of a shape (a logarithm of the last block's size), which a graph for
+all lengths does not have. Here the last block is always read by its own count, as under a key mask. Plain Triton on
+every GPU: Inductor does not take Gluon kernels (torch 2.11 to 2.13), nor `maxnreg`.
 
 Source: attend.py, statistics.py and select.py, whose kernels run here.
 """
@@ -25,6 +24,7 @@ from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, capacity, count_bloc
 from sparsify.kernels.scores import LOG2_E
 from sparsify.kernels.select import (
     PACK_WARPS,
+    PACK_WIDTH,
     PROGRAMS_PER_MULTIPROCESSOR,
     STAGES,
     _estimate_peaks,
@@ -39,8 +39,7 @@ __all__ = ["REGISTERS", "packed_attention"]
 
 @triton_op("sparsify::packed_attention", mutates_args={})
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, causal_offset: int | None,
-                     tolerance: float, max_density: float, sinks: int, local: int, singles: int,
-                     width: int) -> Tensor:
+                     tolerance: float, max_density: float, sinks: int, local: int, singles: int) -> Tensor:
     """Select key blocks and attend to them; a budget's numbers as in `sparsify.Budget`, `scale` above 0."""
     B, H, L, D = q.shape
     Hkv, S = k.shape[1:3]
@@ -60,7 +59,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, s
     vectors = [empty(B, Hkv, singles, key_blocks, D, dtype=k.dtype),
                *(empty(B, Hkv, key_blocks, D, dtype=k.dtype) for _ in range(2)),
                *(empty(masks, key_blocks, dtype=torch.int32) for _ in range(2))]
-    wrap_triton(_summarise_keys)[(key_blocks, Hkv, B)](
+    wrap_triton(_summarise_keys.kernel)[(key_blocks, Hkv, B)](
         k, shown, *vectors, *k.stride(), *mask_strides, S, masks, LARGEST[k.dtype], SINGLES=singles, BLOCK=KEY_BLOCK,
         D=D, D_PAD=D_PAD, HAS_KEY_MASK=key_mask is not None, num_warps=NUM_WARPS)
 
@@ -72,7 +71,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, s
     scratch = empty(programs, chunks, QUERY_BLOCK, chunk, dtype=mass_type)
     scratch_peaks, peaks = empty(programs, chunks, QUERY_BLOCK), empty(B, H, query_blocks, key_blocks)
     offset = S + KEY_BLOCK if causal_offset is None else causal_offset
-    wrap_triton(_estimate_peaks)[(programs,)](
+    wrap_triton(_estimate_peaks.kernel)[(programs,)](
         q, k, shown, *vectors, peaks, scratch, scratch_peaks, *q.stride(), *k.stride(), *mask_strides, count_stride,
         query_blocks, key_blocks, units, H, H // Hkv, L, S, offset, scale * LOG2_E, scale * math.sqrt(LOG2_E), 0.0, 0.0,
         SINGLES=singles, STAGES=STAGES, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, CHUNK=chunk, D=D, D_PAD=D_PAD,
@@ -80,15 +79,15 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, s
 
     kept, counts = empty(B, H, query_blocks, room, dtype=torch.int32), empty(B, H, query_blocks, dtype=torch.int32)
     # Where a flag says that a tensor is absent, another stands in its place and is not read.
-    wrap_triton(_pack_lists)[(units,)](
+    wrap_triton(_pack_lists.kernel)[(units,)](
         peaks, vectors[3], vectors[4], counts, counts, kept, counts, count_stride, 0, 0, query_blocks, key_blocks, room,
-        H, L, offset, tolerance, 1.0, max_density, sinks, local, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=width,
+        H, L, offset, tolerance, 1.0, max_density, sinks, local, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=PACK_WIDTH,
         PLAIN=True, HAS_KEY_MASK=key_mask is not None, SHIFTS=0, PROTECTED=False, num_warps=PACK_WARPS)
 
     out, lse = torch.empty(B, L, H, DV, dtype=q.dtype, device=q.device), empty(B, H, L)
     DV_PAD = max(16 if q.element_size() == 4 else 64, triton.next_power_of_2(DV))
     rows, warps, stages = _configuration(max(D_PAD, DV_PAD), q.element_size(), _shared_memory(q.device), 0)
-    wrap_triton(_block_sparse_attention)[(units * (QUERY_BLOCK // rows),)](
+    wrap_triton(_block_sparse_attention.kernel)[(units * (QUERY_BLOCK // rows),)](
         q, k, v, kept, counts, shown, out, lse, *q.stride(), *k.stride(), *v.stride(), *mask_strides, room,
         query_blocks, H, H // Hkv, L, S, S if causal_offset is None else causal_offset, scale * LOG2_E, 0, counts,
         counts, 0, 0, q, 0, 0, 0, 0, 0.0, q, ROWS=rows, QUERY_BLOCK=QUERY_BLOCK, BLOCK=KEY_BLOCK, D=D, DV=DV,

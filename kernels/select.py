@@ -398,7 +398,7 @@ def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts,
         here = tl.max(tl.where((spare == best_here) & (spare >= 0.0), blocks, -1), 0)
         chosen = tl.where((here >= 0) & (best_here >= best), here, chosen)
         best = tl.maximum(best, best_here)
-    if count.to(tl.float32) > max_density * total.to(tl.float32):
+    if count > max_density * total:
         tolerance = 0.0
         count = total
         chosen = -1

@@ -59,10 +59,8 @@ def write(captured: Captured, path: Path) -> list[str]:
         contents = replace(contents, processor=tuple(sorted(native.instructions())))
         notes = ["compiled for this kind of processor; it needs torch to run, and nothing of sparsify"]
     else:
-        from sparsify.exporters.buckets import LONGEST, needs_sparsify, program_for  # Triton: only here
+        from sparsify.exporters.buckets import needs_sparsify, program_for  # Triton: only here
 
-        if contents.buckets and contents.buckets[-1][1] is None:
-            contents = replace(contents, buckets=(*contents.buckets[:-1], (contents.buckets[-1][0], LONGEST + 1)))
         models = {_name(i): _compile(captured, program_for(captured, bucket), {"aot_inductor.package": True})
                   for i, bucket in enumerate(captured.buckets or (None,))}
         notes = [f"{len(models)} models are in the file, one for each bucket, and weights are in each: "

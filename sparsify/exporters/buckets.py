@@ -18,7 +18,6 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from sparsify.exporters.capture import PLANNED, Captured, with_graph
-from sparsify.kernels.blocks import KEY_BLOCK, count_blocks
 from sparsify.ops.lists import WIDEST_ON_CUDA
 from sparsify.passes.graph import aten, emit, same, shape
 from sparsify.plan import Bucket
@@ -26,8 +25,6 @@ from sparsify.plan import Bucket
 EXACT = torch.ops.sparsify.exact_attention.default
 NAMES = [argument.name for argument in PLANNED._schema.arguments]
 BARRED = ("window", "query_documents", "key_documents", "attn_mask", "sink_logits", "shifts", "protected")
-LONGEST = 131_072
-"""Where a bucket has no end, the key length at which a package ends: packing a list looks at so many keys at once."""
 
 
 def program_for(captured: Captured, bucket: Bucket | None) -> ExportedProgram:
@@ -79,14 +76,9 @@ def _write(graph: fx.Graph, given: dict[str, Any], bucket: Bucket | None) -> fx.
     place = bisect_right(given["edges"], bucket.lo) if bucket is not None else 0
     if not given["tolerances"][place]:
         return _dense(graph, given)
-    end = bucket.hi - 1 if bucket is not None and bucket.hi is not None else LONGEST
-    kv_len = shape(given["k"])[2]
-    longest = kv_len if isinstance(kv_len, int) else end
-    width = 1 << (count_blocks(longest, KEY_BLOCK) - 1).bit_length()
     columns = [given[name][place] for name in ("tolerances", "max_densities", "sinks", "local", "singles")]
     return graph.call_function(torch.ops.sparsify.packed_attention.default, (
-        given["q"], given["k"], given["v"], given["key_mask"], given["scale"], given["causal_offset"], *columns,
-        max(16, width)))
+        given["q"], given["k"], given["v"], given["key_mask"], given["scale"], given["causal_offset"], *columns))
 
 
 def _dense(graph: fx.Graph, given: dict[str, Any]) -> fx.Node:

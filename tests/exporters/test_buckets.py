@@ -40,7 +40,7 @@ def interpreted(monkeypatch):
 def test_the_packed_op_is_the_op(shape):
     case = Case.random(torch.Generator().manual_seed(0), torch.device("cpu"), *shape, head_dims=(16, 16))
     ours = packed.packed_attention(*case.qkv, case.masks.key_mask, case.scale, case.masks.causal_offset, 0.3, 0.9, 0, 0,
-                                   2, 16)
+                                   2)
     theirs = ops.adaptive_attention(*case.qkv, *case.arguments, 0.3, 0.9, 0, 0, 2, 0, ops.VERSION)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert ours.stride() == theirs.stride()
@@ -117,7 +117,7 @@ class Driver:
 
 class Module(torch.nn.Module):
     def forward(self, q, k, v, mask):
-        return torch.ops.sparsify.packed_attention(q, k, v, mask, 0.125, 0, 0.03, 0.9, 1, 1, 6, 2048)
+        return torch.ops.sparsify.packed_attention(q, k, v, mask, 0.125, 0, 0.03, 0.9, 1, 1, 6)
 
 triton.runtime.driver.set_active(Driver())
 packed._multiprocessors, packed._shared_memory = lambda device: 132, lambda device: 232448
