@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from sparsify.kernels.attend import REGISTERS, _block_sparse_attention, _configuration, _shared_memory
+from sparsify.kernels.attend import _block_sparse_attention, _configuration, _shared_memory
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, capacity, count_blocks
 from sparsify.kernels.scores import LOG2_E
 from sparsify.kernels.select import (
@@ -33,8 +33,6 @@ from sparsify.kernels.select import (
 )
 from sparsify.kernels.select import _configuration as _estimator
 from sparsify.kernels.statistics import LARGEST, NUM_WARPS, _summarise_keys
-
-__all__ = ["REGISTERS", "packed_attention"]
 
 
 @triton_op("sparsify::packed_attention", mutates_args={})

@@ -1,10 +1,11 @@
 """Export a model with its attention under a plan: `export`, in the order in which it happens.
 
     capture.py       torch.export, then the pass: a program whose attention sites carry the plan
-    formats.py       which module writes what: pt2.py, aot_inductor.py
+    formats.py       which module writes what: pt2.py, aot_inductor.py (on CUDA by way of buckets.py)
     check.py         the written file, loaded again, beside the graphs it was made of
     report.py        what is handed over: an ExportReport, and the same as markdown beside the file
-    contents.py      what a file says of itself; archive.py: where a .pt2 holds it
+    contents.py      what a file says of itself; archive.py: where a .pt2 holds it; timing.py: how
+                     long its calls take
 """
 
 import os
