@@ -35,7 +35,8 @@ DOMAIN = "sparsify"
 OPSETS = range(20, 25)
 FEW_KEYS, FEW_FOR_OPERATOR = 384, 640
 """Up to so many keys a dense bucket makes all scores at once, or calls ONNX's own operator, where there is one and it
-has a word for the masks: blocks cost more nodes than they save products. Measured in onnxruntime, in processor time of one thread."""
+has a word for the masks: blocks cost more nodes than they save products. Measured in onnxruntime, processor time of one
+thread."""
 OPERATOR_SINCE = 23
 """Opset of ONNX's operator Attention."""
 
