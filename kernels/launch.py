@@ -39,6 +39,7 @@ class Launched:
         self.kernel = kernel
         self._compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         self._is_compiled = isinstance(kernel, triton.JITFunction)  # not in Triton's interpreter
+        self._is_direct = self._is_compiled
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
         return partial(self._launch, grid)
@@ -47,7 +48,7 @@ class Launched:
         if self._is_compiled and _COMPILES_ONLY.get():
             self.kernel.warmup(*args, grid=grid, **keywords)
             return
-        if not self._is_compiled or _is_watched():
+        if not self._is_direct or _is_watched():
             self.kernel[grid](*args, **keywords)
             return
         device = torch.cuda.current_device()
@@ -62,8 +63,12 @@ class Launched:
             return
         compiled, constants = known
         width, height, depth = (*grid, 1, 1)[:3]
-        compiled.run(width, height, depth, torch._C._cuda_getCurrentRawStream(device), compiled.function,
-                     compiled.packed_metadata, None, None, None, *values, *constants)
+        try:
+            compiled.run(width, height, depth, torch._C._cuda_getCurrentRawStream(device), compiled.function,
+                         compiled.packed_metadata, None, None, None, *values, *constants)
+        except TypeError:  # the launcher of another Triton (ours: 3.6) takes other arguments; it launched nothing
+            self._is_direct = False
+            self.kernel[grid](*args, **keywords)
 
     def _constants(self, position: int, keywords: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """Values of the parameters behind the positional ones; None if one has its default."""

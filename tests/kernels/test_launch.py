@@ -91,7 +91,7 @@ def fast(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 99, raising=False)
     launched = Launched(Kernel())
-    launched._is_compiled = True
+    launched._is_compiled = launched._is_direct = True
     return launched, launched.kernel
 
 
@@ -101,6 +101,21 @@ def test_a_call_alike_goes_past_triton(monkeypatch):
     launched[(7, 2)](MEMORY, 6, BLOCK=64, num_warps=4)
     assert len(kernel.slow) == 1
     assert kernel.fast == [(7, 2, 1, 99, 17, (4,), None, None, None, MEMORY.data_ptr(), 6, 64)]
+
+
+def test_a_launcher_that_takes_other_arguments_is_left_to_its_triton(monkeypatch):
+    launched, kernel = fast(monkeypatch)
+
+    def refuse(*args):
+        raise TypeError("function takes exactly 9 arguments (12 given)")
+
+    monkeypatch.setattr(kernel, "run", refuse)
+    for number in range(3):
+        launched[(3,)](MEMORY, 5, BLOCK=64)
+        assert len(kernel.slow) == number + 1
+    monkeypatch.undo()
+    launched[(3,)](MEMORY, 5, BLOCK=64)
+    assert len(kernel.slow) == 4 and not kernel.fast, "once is enough to know"
 
 
 def test_who_watches_launches_sees_them(monkeypatch):
