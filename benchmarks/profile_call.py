@@ -41,10 +41,9 @@ PARTS = {
     "lists of all blocks": ("sparsify.kernels.every:every_block",),
     "why_not": ("sparsify.kernels.hopper:why_not", "sparsify.kernels.hopper_select:why_not"),
     "allocations": ("torch:empty", "torch:zeros", "torch:full"),
-    "descriptors": ("sparsify.kernels.hopper:describe",
-                    "triton.experimental.gluon.nvidia.hopper:TensorDescriptor.from_tensor"),
+    "descriptors": ("sparsify.kernels.hopper:describe", "sparsify.kernels.hopper_select:_describe"),
     "device queries": ("torch.cuda:get_device_properties", "torch.cuda:get_device_capability"),
-    "launches": ("triton.runtime.jit:JITFunction.run",),
+    "launches": ("sparsify.kernels.launch:Launched._launch",),
 }
 """Functions by what they are for, as module:name; what does not exist here is left out."""
 CALLS = 200

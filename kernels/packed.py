@@ -3,7 +3,7 @@
     q, k, v   as in attend.py, on a GPU
     key_mask  bool [B or 1, S] or None
     out       [B, H, L, Dv], in memory [B, L, H, Dv]
-    errors    none here: `covers` says which sites this op serves
+    errors    none here: `exporters/buckets.py` says which sites this op serves
 
 The launchers of the other files ask for the value of a shape (a logarithm of the last block's size), which a graph for
 all lengths does not have. Here the last block is always read by its own count, as under a key mask. Plain Triton on

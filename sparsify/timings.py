@@ -34,7 +34,7 @@ FEATURES = ("causal", "top left", "bottom right", "key mask", "documents", "bool
 
 GAIN = 0.97  # of a time: what is not faster by more may be noise, and is left as it was
 # A model's own code runs between two calls and empties the host's caches: launches take longer than measured in a row,
-# .69 ms for .52 in the shipped model (H200).
+# .69 ms a site in the shipped model where a call of an op in a row took .52 (one H200's host).
 HOST_FACTOR = 1.4
 LEAST_DENSITY = 0.3  # no expectation below it: models differ
 PEAKS = 90.0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsify.errors import ExportError, OptionError
 from sparsify.exporters.capture import Captured
-from sparsify.exporters.formats import Runner
+from sparsify.exporters.formats import Runner, runner_of
 
 TIE_SHARE = {"cpu": 0.25, "cuda": 1.0}
 """Of the plan's own error: what ties may make of the difference, in root mean square. On CUDA a package estimates by
@@ -85,7 +85,7 @@ def lengths_to_check(captured: Captured, lengths: Sequence[int] | None) -> Seque
 def _check(captured: Captured, sparse: Runner, dense: Runner, length: int | None, atol: float | None) -> Check:
     args, kwargs = captured.inputs_at(length)
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    graph_sparse, graph_dense = (_call(program.module()) for program in (captured.program, captured.dense))
+    graph_sparse, graph_dense = (runner_of(program.module()) for program in (captured.program, captured.dense))
     ours, theirs, exact = (call(*_copy(args), **_copy(kwargs)) for call in (sparse, graph_sparse, graph_dense))
     difference, difference_rms, largest, unit = _distance(ours, theirs)
     plan_error, plan_error_rms, _, _ = _distance(ours, exact)
@@ -101,14 +101,6 @@ def _check(captured: Captured, sparse: Runner, dense: Runner, length: int | None
     return Check(length, len(tensors[0]) if tensors[0].dim() else 1, "all" if bucket is None else str(bucket),
                  _budgets(captured, bucket), difference, plan_error, difference_rms, plan_error_rms, times[1],
                  times[0])
-
-
-def _call(module: Any) -> Runner:
-    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        with torch.no_grad():
-            return [x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, Tensor)]
-
-    return run
 
 
 def _copy(inputs: Any) -> Any:

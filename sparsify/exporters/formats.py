@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from sparsify.errors import ExportError, OptionError
@@ -22,6 +24,15 @@ from sparsify.exporters.contents import Contents
 
 Runner = Callable[..., list[Tensor]]
 """Called as the model is; the tensors of its output, one behind the other."""
+
+
+def runner_of(module: Callable[..., Any]) -> Runner:
+    """A loaded program as a `Runner`."""
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return [x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, Tensor)]
+
+    return run
 
 
 class Format(Protocol):

@@ -4,17 +4,14 @@
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor
 
 from sparsify.errors import ExportError
 from sparsify.exporters.archive import check_whole, read_contents
 from sparsify.exporters.capture import Captured
 from sparsify.exporters.contents import NAME, Contents
-from sparsify.exporters.formats import Runner
+from sparsify.exporters.formats import Runner, runner_of
 
 OPTIONS: frozenset[str] = frozenset()
 
@@ -37,8 +34,4 @@ def load(path: Path) -> Runner:
         raise ExportError(f"file {str(path)!r} is whole, but this torch ({torch.__version__}) cannot load it: {error}. "
                           "Export the model again.") from error
 
-    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        with torch.no_grad():
-            return [x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, Tensor)]
-
-    return run
+    return runner_of(module)

@@ -9,7 +9,6 @@ Not run: no machine with a GPU and Torch-TensorRT was at hand. Tested is what co
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from sparsify.errors import ExportError
 from sparsify.exporters.archive import check_whole, read_contents
 from sparsify.exporters.capture import Captured
 from sparsify.exporters.contents import NAME, Contents
-from sparsify.exporters.formats import Runner
+from sparsify.exporters.formats import Runner, runner_of
 
 OPTIONS: frozenset[str] = frozenset()
 
@@ -53,11 +52,7 @@ def load(path: Path) -> Runner:
         raise ExportError(f"torch_tensorrt {library.__version__} cannot load {str(path)!r}: {error}. Export the model "
                           "again.") from error
 
-    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        with torch.no_grad():
-            return [x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, Tensor)]
-
-    return run
+    return runner_of(module)
 
 
 def _library() -> Any:

@@ -79,10 +79,7 @@ def adaptive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_off
         if counters.is_counting():
             counters.record_all(site)
         return _exact(q, k, v, scale, masks)
-    kept, counts = keep_lists(q, k, scale, masks, tolerance, max_density, sinks, local, singles, shifts, protected)
-    if counters.is_counting():
-        counters.record(site, counts, allowed_blocks(masks, q.shape[2], k.shape[2], q.device))
-    return attend_lists(q, k, v, kept, counts, scale, masks)[0]
+    return attend_kept(site, q, k, v, scale, masks, tolerance, max_density, sinks, local, singles, shifts, protected)
 
 
 @adaptive_attention.register_fake
@@ -120,6 +117,16 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tenso
         if name == usual:
             raise
     return exact.run(usual, q, k, v, scale, masks)
+
+
+def attend_kept(site: int, q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks, tolerance: float,
+                max_density: float, sinks: int, local: int, singles: int, shifts: Sequence[float] | None,
+                protected: Tensor | None) -> Tensor:
+    """Selection, then attention over its lists, counted for `site`: what sparse calls of every op are."""
+    kept, counts = keep_lists(q, k, scale, masks, tolerance, max_density, sinks, local, singles, shifts, protected)
+    if counters.is_counting():
+        counters.record(site, counts, allowed_blocks(masks, q.shape[2], k.shape[2], q.device))
+    return attend_lists(q, k, v, kept, counts, scale, masks)[0]
 
 
 def empty_out(q: Tensor, v: Tensor) -> Tensor:

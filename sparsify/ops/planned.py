@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import OptionError
-from sparsify.kernels.blocks import allowed_blocks
 from sparsify.kernels.masks import Masks
 from sparsify.ops import counters, exact
-from sparsify.ops.attend import empty_out
+from sparsify.ops.attend import attend_kept, empty_out
 from sparsify.ops.checks import check_inputs, check_protected, check_shifts, check_tolerance
-from sparsify.ops.lists import attend_lists, has_kernels
-from sparsify.ops.select import keep_lists
+from sparsify.ops.lists import has_kernels
 
 FEW_QUERIES = 32
 """Up to so many queries a call is exact: summaries would read as many keys as attention does. Files in other formats
@@ -65,11 +63,8 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal_offs
         if counters.is_counting():
             counters.record_all(site)
         return exact.run(exact.usual_kernel(q, k, v, masks), q, k, v, scale, masks)
-    kept, counts = keep_lists(q, k, scale, masks, tolerances[bucket], max_densities[bucket], sinks[bucket],
-                              local[bucket], singles[bucket], factors, protected)
-    if counters.is_counting():
-        counters.record(site, counts, allowed_blocks(masks, q.shape[2], k.shape[2], q.device))
-    return attend_lists(q, k, v, kept, counts, scale, masks)[0]
+    return attend_kept(site, q, k, v, scale, masks, tolerances[bucket], max_densities[bucket], sinks[bucket],
+                       local[bucket], singles[bucket], factors, protected)
 
 
 @planned_attention.register_fake
