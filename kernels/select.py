@@ -373,12 +373,13 @@ def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts,
     first_row = query_block * ROWS
     if not PLAIN:
         kinds += batch.to(tl.int64) * stride_kinds_batch + query_block.to(tl.int64) * key_blocks
+    threshold = tl.full((), tolerance, tl.float32)
     if SHIFTS > 0:  # numbers of the launch, not of memory: no copy to the device, so graphs capture it as it is
         head = row // query_blocks % H
         shift = 1.0
         for i in tl.static_range(SHIFTS):
             shift = tl.where(head == i, shifts[i], shift)
-        tolerance = tolerance * shift
+        threshold = threshold * shift
 
     # WIDTH blocks at a time, whatever the length: one kernel for all. First what the row keeps, and the best block that
     # is left, the later one of equals.
@@ -391,7 +392,7 @@ def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts,
             start, total, peaks, single_count, rest_count, kinds, protected, row, batch, first_row, stride_count_batch,
             stride_protected_batch, key_blocks, L, offset, sinks, local, ROWS, BLOCK, WIDTH, PLAIN, HAS_KEY_MASK,
             PROTECTED)
-        keep = allowed & (forced | (peak >= tolerance))
+        keep = allowed & (forced | (peak >= threshold))
         count += tl.sum(keep.to(tl.int32), 0)
         spare = tl.where(allowed & (keep == 0), peak, -1.0)
         best_here = tl.max(spare, 0)
@@ -399,7 +400,7 @@ def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts,
         chosen = tl.where((here >= 0) & (best_here >= best), here, chosen)
         best = tl.maximum(best, best_here)
     if count > max_density * total:
-        tolerance = 0.0
+        threshold = 0.0
         count = total
         chosen = -1
     chosen = tl.where(count % 2 == 1, chosen, -1)
@@ -413,7 +414,7 @@ def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts,
             start, total, peaks, single_count, rest_count, kinds, protected, row, batch, first_row, stride_count_batch,
             stride_protected_batch, key_blocks, L, offset, sinks, local, ROWS, BLOCK, WIDTH, PLAIN, HAS_KEY_MASK,
             PROTECTED)
-        keep = (allowed & (forced | (peak >= tolerance))) | (blocks == chosen)
+        keep = (allowed & (forced | (peak >= threshold))) | (blocks == chosen)
         tl.store(entries + count + tl.cumsum(keep.to(tl.int32), 0) - 1, blocks, keep)
         count += tl.sum(keep.to(tl.int32), 0)
     even = tl.maximum((count + 1) // 2 * 2, 2)
