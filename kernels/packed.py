@@ -76,10 +76,11 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, s
         HAS_KEY_MASK=True, num_warps=warps, num_stages=1)
 
     kept, counts = empty(B, H, query_blocks, room, dtype=torch.int32), empty(B, H, query_blocks, dtype=torch.int32)
-    # Where a flag says that a tensor is absent, another stands in its place and is not read; none that a kernel writes:
-    # Inductor takes two names for two tensors.
+    # Where a flag says that a tensor is absent, another stands in its place and is not read. In this kernel one of its
+    # own: Inductor takes all of its tensors for written (places follow from a function's results), and so for distinct.
+    absent = [empty(1, dtype=torch.int32) for _ in range(2)]
     wrap_triton(_pack_lists.kernel)[(units,)](
-        peaks, *vectors[3:], *vectors[3:], kept, counts, count_stride, 0, 0, query_blocks, key_blocks, room,
+        peaks, *vectors[3:], *absent, kept, counts, count_stride, 0, 0, query_blocks, key_blocks, room,
         H, L, offset, tolerance, 1.0, max_density, sinks, local, ROWS=QUERY_BLOCK, BLOCK=KEY_BLOCK, WIDTH=PACK_WIDTH,
         PLAIN=True, HAS_KEY_MASK=key_mask is not None, SHIFTS=0, PROTECTED=False, num_warps=PACK_WARPS)
 

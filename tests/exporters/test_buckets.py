@@ -1,6 +1,5 @@
 """A program for each bucket: what packages for CUDA are compiled from. Here its kernels run in Triton's interpreter."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -132,23 +131,27 @@ env = fakes[0].fake_mode.shape_env
 before = len(env.guards)
 with fakes[0].fake_mode, torch.no_grad():
     graph, _ = aot_export_module(program.graph_module, fakes, trace_joint=False)
-print([sorted(node.kwargs["tensors_to_clone"]) for node in graph.graph.nodes if "triton_kernel" in str(node.target)])
+for node in graph.graph.nodes:
+    if "triton_kernel" in str(node.target):
+        written = node.kwargs["tensors_to_clone"]
+        print(len(written) - len({node.kwargs["kwargs"][name] for name in written}), sorted(written))
 print(env.guards[before:])
 """
 
 
 @ON_CPU
 def test_the_op_opens_into_kernels_without_a_guard():
-    """Sizes of scratch memory are no reason to compare a length: AOTInductor would keep the answer to itself.
+    """Sizes of scratch memory are no reason to compare a length: AOTInductor would keep the answer to itself. Nor may a
+    tensor that it takes for written have two names: it would copy it, and torch 2.11 fails at that.
 
     In a process of its own: what Triton's interpreter runs cannot be traced. The target is a GPU that is not here.
     """
     told = subprocess.run([sys.executable, "-c", OPENED], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True,
                           capture_output=True, text=True, cwd=ROOT)
-    written, guards = told.stdout.splitlines()[-2:]
-    assert ast.literal_eval(written) == [
-        ["mean", "rest_count", "single_count", "singles", "variance"],
-        ["peaks", "scratch", "scratch_peaks"], ["counts", "kept"], ["lse", "out"]]
+    summaries, estimates, lists, attention, guards = told.stdout.splitlines()[-5:]
+    assert summaries == "0 ['mean', 'rest_count', 'single_count', 'singles', 'variance']"
+    assert estimates == "0 ['peaks', 'scratch', 'scratch_peaks']" and attention == "0 ['lse', 'out']"
+    assert lists.startswith("0 ") and "'kept'" in lists
     assert guards == "[]"
 
 
