@@ -24,7 +24,7 @@ from torch import Tensor
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK
 from sparsify.kernels.launch import launched
 from sparsify.kernels.masks import Masks
-from sparsify.kernels.scores import LOG2_E, finish_scores, first_peak, read_documents, score_arguments
+from sparsify.kernels.scores import LOG2_E, finish_scores, first_peak, in_float32, read_documents, score_arguments
 
 REGISTERS = 255  # all of them; left alone, ptxas took 32 for wide float32 heads and spilled the rest
 
@@ -91,6 +91,7 @@ def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
                             DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
                             PLAIN: tl.constexpr, WINDOWED: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
                             MASK: tl.constexpr, CAPPED: tl.constexpr, HAS_SINKS: tl.constexpr):
+    scale_log2, cap_log2 = in_float32(scale_log2), in_float32(cap_log2)
     # Late query blocks of a causal head are the heavy ones: first.
     parts = query_blocks * (QUERY_BLOCK // ROWS)
     head_row = tl.program_id(0) // parts

@@ -21,6 +21,12 @@ NO_MASK, BOOL_MASK, BIAS = 0, 1, 2
 
 
 @triton.jit
+def in_float32(x):
+    """A number of the launch as float32: Inductor launches with float64 where Triton does with float32."""
+    return tl.full((), x, tl.float32)
+
+
+@triton.jit
 def cap_scores(scores, cap_log2):
     """cap * tanh(scores / cap)"""
     x = scores / cap_log2

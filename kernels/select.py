@@ -43,7 +43,15 @@ from sparsify.kernels.blocks import (
 )
 from sparsify.kernels.launch import launched, multiprocessors
 from sparsify.kernels.masks import Masks
-from sparsify.kernels.scores import LOG2_E, cap_scores, finish_scores, first_peak, read_documents, score_arguments
+from sparsify.kernels.scores import (
+    LOG2_E,
+    cap_scores,
+    finish_scores,
+    first_peak,
+    in_float32,
+    read_documents,
+    score_arguments,
+)
 from sparsify.kernels.statistics import summarise_keys
 
 STAGES = 2  # summary vectors in flight
@@ -125,6 +133,8 @@ def _estimate_peaks(q, k, key_mask, singles, mean, variance, single_count, rest_
                     log2_count, log2_last_count,
                     SINGLES: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                     CHUNK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr):
+    scale_log2, spread_scale = in_float32(scale_log2), in_float32(spread_scale)
+    log2_count, log2_last_count = in_float32(log2_count), in_float32(log2_last_count)
     dims = tl.arange(0, D_PAD)
     dim_inside = dims < D
     columns = tl.arange(0, CHUNK)
@@ -373,7 +383,7 @@ def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts,
     first_row = query_block * ROWS
     if not PLAIN:
         kinds += batch.to(tl.int64) * stride_kinds_batch + query_block.to(tl.int64) * key_blocks
-    threshold = tl.full((), tolerance, tl.float32)
+    threshold, key_blocks = in_float32(tolerance), tl.full((), key_blocks, tl.int32)  # a length may come as int64
     if SHIFTS > 0:  # numbers of the launch, not of memory: no copy to the device, so graphs capture it as it is
         head = row // query_blocks % H
         shift = 1.0

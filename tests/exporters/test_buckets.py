@@ -138,6 +138,40 @@ for node in graph.graph.nodes:
 print(env.guards[before:])
 """
 
+COMPILED = """
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from triton.compiler import ASTSource
+
+def describe(x, size):
+    if isinstance(x, torch.Tensor):
+        return {torch.int32: "*i32", torch.bool: "*i1", torch.float32: "*fp32", torch.bfloat16: "*bf16",
+                torch.float16: "*fp16"}[x.dtype]
+    if isinstance(x, torch.SymInt):
+        return size
+    return "fp64" if isinstance(x, float) else "constexpr" if x == 1 else "i32"
+
+for node in graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_functional):
+    given = {**node.kwargs["kwargs"], **kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])}
+    given = {name: x.meta["val"] if isinstance(x, torch.fx.Node) else x for name, x in given.items()}
+    autotuner = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+    kernel, config = autotuner.fn, autotuner.configs[0]
+    for size in ("i32", "i64"):
+        kinds = {parameter.name: "constexpr" if parameter.is_constexpr else describe(given[parameter.name], size)
+                 for parameter in kernel.params}
+        constants = {name: given[name] for name, kind in kinds.items() if kind == "constexpr"}
+        made = triton.compile(ASTSource(kernel, kinds, constants), target=GPUTarget("cuda", 90, 32),
+                              options={"num_warps": config.num_warps, "num_stages": config.num_stages})
+        print(kernel.__name__, size, len(made.asm["ptx"]) > 0)
+"""
+
+
+def _told_by(code):
+    """Lines that a process without Triton's interpreter prints."""
+    told = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "0"},
+                          capture_output=True, text=True, cwd=ROOT)
+    assert told.returncode == 0, told.stderr[-2000:]
+    return told.stdout.splitlines()
+
 
 @ON_CPU
 def test_the_op_opens_into_kernels_without_a_guard():
@@ -146,13 +180,19 @@ def test_the_op_opens_into_kernels_without_a_guard():
 
     In a process of its own: what Triton's interpreter runs cannot be traced. The target is a GPU that is not here.
     """
-    told = subprocess.run([sys.executable, "-c", OPENED], env={**os.environ, "TRITON_INTERPRET": "0"}, check=True,
-                          capture_output=True, text=True, cwd=ROOT)
-    summaries, estimates, lists, attention, guards = told.stdout.splitlines()[-5:]
+    summaries, estimates, lists, attention, guards = _told_by(OPENED)[-5:]
     assert summaries == "0 ['mean', 'rest_count', 'single_count', 'singles', 'variance']"
     assert estimates == "0 ['peaks', 'scratch', 'scratch_peaks']" and attention == "0 ['lse', 'out']"
     assert lists.startswith("0 ") and "'kept'" in lists
     assert guards == "[]"
+
+
+@ON_CPU
+def test_the_kernels_compile_with_the_types_that_inductor_gives_their_arguments():
+    """Numbers with 64 bits, ones as constants, lengths with 32 or 64 bits; Triton's own launches have 32 bits alone."""
+    kernels = ("_summarise_keys", "_estimate_peaks", "_pack_lists", "_block_sparse_attention")
+    expected = [f"{kernel} {size} True" for kernel in kernels for size in ("i32", "i64")]
+    assert _told_by(OPENED + COMPILED)[-8:] == expected
 
 
 @pytest.mark.gpu
