@@ -57,7 +57,8 @@ def choose_budgets(sites: Sequence[ProvenSite | Refused], plan: Plan,
             continue
         bucket, budget = min(zip(buckets, (budget for budget, _ in fitted), strict=True),
                              key=lambda pair: _exactness(pair[1]))
-        chosen.append(ChosenSite(site, proven.mask, bucket, budget, how))
+        least = site.kv_len if isinstance(site.kv_len, int) else min(bucket.lo for bucket in buckets)
+        chosen.append(ChosenSite(site, proven.mask, bucket, budget, how, least_keys=least))
     return chosen
 
 

@@ -2,8 +2,8 @@
 
 Given   sites with their masks proven and budgets chosen.
 Leaves  the same graph: sparse buckets call adaptive_attention, tables of buckets planned_attention; dense ones SDPA
-        where it can say the mask without a tensor, else exact_attention; what built the masks, the scores and the
-        repeated heads is gone; a record per site. The result stands where the old output stood, with its dtype, and
+        where it can say the mask without a tensor and calls may be short, else exact_attention; what built the masks,
+        the scores and the repeated heads is gone; a record per site. The result stands where the old output stood, with its dtype, and
         its strides wherever a user could see.
 Never   touches a refused site, nor a dense one that is SDPA's own business: no mask tensor, nothing to gain.
 
@@ -20,6 +20,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from sparsify import ops
+from sparsify.ops import crossover
 from sparsify.passes.arrange import rearrange
 from sparsify.passes.axes import Dims, extent, flat, op_name
 from sparsify.passes.emit import documents, key_mask, size_node
@@ -86,7 +87,7 @@ class _Rewriter:
         site, why = chosen.site, chosen.how
         outcome: Outcome = "exact" if chosen.budget.is_dense else "sparse"
         depends = _depends(chosen)
-        if outcome == "exact" and site.form == "sdpa" and _gains_nothing(chosen):
+        if outcome == "exact" and site.form == "sdpa" and _gains_nothing(chosen) and not _op_may_gain(chosen):
             outcome, why = "kept dense", f"{why}; scaled_dot_product_attention is exact and needs no other mask here"
             op = "scaled_dot_product_attention"
         else:
@@ -121,7 +122,8 @@ class _Rewriter:
                 query = emit(graph, torch.ops.sparsify.check_mask.default, query, mask, kv_len, offset, window,
                              visible_keys, *documents, attn_mask, index, site.origin.line)
             scale = _scale(graph, (*site.scales, *((Scale(site.softcap),) if site.softcap is not None else ())))
-            causal = _sdpa_causality(query, key, site, chosen.mask) if budget.is_dense else None
+            by_sdpa = budget.is_dense and not _op_may_gain(chosen)
+            causal = _sdpa_causality(query, key, site, chosen.mask) if by_sdpa else None
             if causal is not None:
                 grouped = not same(shape(query)[1], shape(key)[1])
                 new = emit(graph, aten.scaled_dot_product_attention.default, query, key, values, attn_mask, 0.0, causal,
@@ -306,6 +308,16 @@ def _trimmed(*arguments: tuple[Any, Any]) -> list[Any]:
 def _gains_nothing(chosen: ChosenSite) -> bool:
     """Whether SDPA would be handed the same masks as before."""
     return chosen.mask.carried == chosen.site.masks
+
+
+def _op_may_gain(chosen: ChosenSite) -> bool:
+    """Whether every call is so long that the exact op, which knows kernels of ours, may be faster than SDPA."""
+    site, mask = chosen.site, chosen.mask
+    heads, _, dim, value_dim = _sizes(site)
+    shown = mask.causal_offset is None or mask.causal_offset == 0
+    query = value(site.query.node)
+    return (shown and not mask.carried and same(site.q_len, site.kv_len) and bool(heads and dim and value_dim)
+            and crossover.op_may_beat_sdpa(query.device.type, site.dtype, chosen.least_keys, heads, dim + value_dim))
 
 
 def _depends(chosen: ChosenSite) -> tuple[str, ...]:

@@ -221,6 +221,7 @@ class ChosenSite:
 
     table       buckets one after the other, where the call decides: `bucket` spans them, `budget` is one that drops
                 something. None: `budget` holds for every call
+    least_keys  no call of this graph has fewer
     protected   bool [B or 1, kv_len]: keys whose blocks are kept; None: none
     protection  what became of the wish to protect keys, in words; empty: nobody asked
     """
@@ -233,6 +234,7 @@ class ChosenSite:
     protected: fx.Node | None = None
     protection: str = ""
     table: tuple[Bucket, ...] | None = None
+    least_keys: int = 1
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ BFLOAT16_ON_CPU = 16384
 """Keys from which sparse attention pays in bfloat16 on a CPU: it computes in float32, SDPA on matrix registers."""
 DENSE_RATE = {2: 4.5e14, 4: 5e13, 8: 2.5e13}
 """FLOP/s of dense attention on an H100 (head dim 64), by bytes an element; slower cards only gain more."""
+OP_SECONDS = 1e-4
+"""What dense attention on a GPU must take to hide that an op costs the host 34 microseconds more than SDPA (H200)."""
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SHORTEST = 512  # keys; below, and for less than a query block, dense attention is over before a choice would pay
@@ -192,6 +194,17 @@ def dense_seconds(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> float:
         keys = min(keys, masks.window)
     pairs = q.shape[0] * q.shape[1] * q.shape[2] * keys
     return 2 * pairs * (q.shape[3] + v.shape[3]) / DENSE_RATE[q.element_size()]
+
+
+def op_may_beat_sdpa(device_type: str, dtype: torch.dtype, keys: int, heads: int, dims: int) -> bool:
+    """Whether `exact_attention` may be faster than SDPA in a graph, where SDPA says the masks without a tensor.
+
+    keys: the fewest of any call, queries likewise; dims: of a query and a value head together. On a GPU an op costs the
+    host more than SDPA does, which dense attention must hide; half of its pairs are counted, for one batch.
+    """
+    if device_type == "cpu":
+        return dtype == torch.float32 and keys >= exact.LONG_ON_CPU
+    return device_type == "cuda" and keys * keys * heads * dims >= OP_SECONDS * DENSE_RATE[dtype.itemsize]
 
 
 @lru_cache(maxsize=4096)  # sites times lengths; a call looks up what the last one computed

@@ -75,6 +75,30 @@ def test_sdpa_without_a_mask_is_kept_where_the_plan_is_dense():
     assert targets(function) == [aten.scaled_dot_product_attention.default]
 
 
+def causal_sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+LONG = Plan((Bucket(1, 1100, Budget(0.1)), Bucket(1100, None, Budget.dense())))
+
+
+@pytest.mark.parametrize(("attention", "length", "dtype", "plan", "dynamic", "op"), [
+    (causal_sdpa, 1100, torch.float32, Plan.dense(), False, "exact_attention"),
+    (causal_chain, 1100, torch.float32, Plan.dense(), False, "exact_attention"),
+    (causal_sdpa, 1000, torch.float32, Plan.dense(), False, "scaled_dot_product_attention"),  # too short to gain
+    (causal_sdpa, 1100, torch.bfloat16, Plan.dense(), False, "scaled_dot_product_attention"),  # SDPA's are faster
+    (causal_sdpa, 1100, torch.float32, LONG, True, "exact_attention"),  # no call of this graph is shorter
+    (causal_sdpa, 1100, torch.float32, Plan.dense(), True, "scaled_dot_product_attention"),  # others may be
+])
+def test_a_dense_site_is_the_exact_op_where_every_call_is_long(attention, length, dtype, plan, dynamic, op):
+    function = rewritten(lambda x: attention(x, x + 1, x - 1), plan, dynamic=None if dynamic else False)
+    x, tolerance = qkv(length)[0].to(dtype), 1e-5 if dtype == torch.float32 else 2e-2
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 2)
+    torch.testing.assert_close(function.call(x), attention(x, x + 1, x - 1), rtol=tolerance, atol=tolerance)
+    assert [record.op.rpartition(".")[2] for record in function.records] == [op]
+
+
 def test_layers_share_one_key_mask():
     def layers(q, k, v, pad):
         mask = pad[:, None, None].long() > 0
