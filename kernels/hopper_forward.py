@@ -5,7 +5,9 @@ neither lists nor a queue: a place in the order says the query block, and that t
 (TMA), two warpgroups compute, 64 rows each, with all their softmax state: no data crosses warpgroups. Lists are walked
 from the end, two key blocks (a pair) at a time: under causality alone the blocks that need a mask are the last
 entries, so the mask sits in the first step or two and the main loop has none. The last product of a query block is
-issued together with the first of the next: short lists leave no bubble.
+issued together with the first of the next: short lists leave no bubble. Where query blocks alone would leave most of
+the card idle, lists are in pieces (splits.py): a unit stands for a query block, and `out` and `lse` are what the merge
+reads.
 
 Under a key mask, a window or documents any pair may need a mask, and few do. The loader knows: it compares the edges of
 the pair with those of the query block, and looks the blocks up in a table of facts (the shown keys as bits, the lowest
@@ -27,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsify.kernels.hopper_loader import load_tiles, query_place
+from sparsify.kernels.hopper_loader import load_tiles, pairs_of, query_place, row_of, slot_of
 from sparsify.kernels.hopper_scores import cap_scores, first_notes, mask_scores, read_notes, view_of
 from sparsify.kernels.launch import launched
 
@@ -48,7 +50,7 @@ def _block_sparse_attention(q, k, v, out, lse, kept_pairs, queue, counter, block
     value_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KIND.tile * BLOCK, KIND.value_dim], dtype)
     q_tiles = gl.allocate_shared_memory(dtype, [2 if KIND.is_wide else 4, ROWS // 2, KIND.dim], tile_layout)
     out_tiles = q_tiles
-    if not KIND.shares_room:
+    if not (KIND.shares_room or KIND.in_pieces):
         out_tiles = gl.allocate_shared_memory(dtype, [2, ROWS // 2, KIND.value_dim], value_layout)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, KIND.tile * BLOCK, KIND.dim], tile_layout)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, KIND.tile * BLOCK, KIND.value_dim], value_layout)
@@ -127,15 +129,15 @@ def _warpgroup(WARPGROUP: gl.constexpr, out, lse, q_tiles, k_tiles, v_tiles, out
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(k_empty.index(0), count=1)
     view = view_of(block, rows, query_blocks, H, L, S, offset, window, extras, ROWS, KIND)
-    head = ((block >> 32).to(gl.int32) // query_blocks) % H
+    head = (row_of(block, KIND) // query_blocks) % H
     exponentials, peak, total = _first_softmax(scores, last, first_shown, second_shown, view, extras, rows, columns, S,
                                                scale_log2, head, BLOCK, KIND)
     weights = gl.convert_layout(exponentials.to(dtype), weights_layout)
     acc = gl.zeros([HALF, D], gl.float32, acc_layout)
 
     while block >= 0:
-        pairs = (block & 0xFFFFFFFF).to(gl.int32)
-        row = (block >> 32).to(gl.int32)
+        pairs = pairs_of(block, KIND)
+        row = row_of(block, KIND)
         head_row = row // query_blocks
         first_row = (row - head_row * query_blocks) * ROWS
         q_slot, q_phase = query_place(turn, KIND)
@@ -185,16 +187,23 @@ def _warpgroup(WARPGROUP: gl.constexpr, out, lse, q_tiles, k_tiles, v_tiles, out
         acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
 
-        row_lse = (peak + gl.log2(total)) * 0.6931471805599453
+        row_lse = (peak + gl.log2(total)) * (1.0 if KIND.in_pieces else 0.6931471805599453)
         inverse = gl.where(total > 0, 1.0 / total, 0.0)
         acc = acc * gl.convert_layout(inverse, acc_rows)[:, None]
-        tma.store_wait(0)
-        out_tile = out_tiles.index(WARPGROUP)
-        out_tile.store(acc.to(dtype))
-        fence_async_shared()
-        batch = head_row // H
-        tma.async_copy_shared_to_global(out, [batch, head_row - batch * H, first_row + WARPGROUP * HALF, 0], out_tile)
-        gl.store(lse + head_row.to(gl.int64) * L + first_row + rows, row_lse, mask=first_row + rows < L)
+        if KIND.in_pieces:
+            own = slot_of(block) * ROWS
+            value_rows = own + WARPGROUP * HALF + gl.arange(0, HALF, acc_rows)
+            gl.store(out + value_rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, acc_layout))[None, :], acc)
+            gl.store(lse + own + rows, row_lse)
+        else:
+            tma.store_wait(0)
+            out_tile = out_tiles.index(WARPGROUP)
+            out_tile.store(acc.to(dtype))
+            fence_async_shared()
+            batch = head_row // H
+            tma.async_copy_shared_to_global(out, [batch, head_row - batch * H, first_row + WARPGROUP * HALF, 0],
+                                            out_tile)
+            gl.store(lse + head_row.to(gl.int64) * L + first_row + rows, row_lse, mask=first_row + rows < L)
 
         if KIND.is_wide:
             if KIND.shares_room:
@@ -209,7 +218,7 @@ def _warpgroup(WARPGROUP: gl.constexpr, out, lse, q_tiles, k_tiles, v_tiles, out
             mbarrier.arrive(k_empty.index(stage), count=1, pred=more)
 
         view = view_of(following, rows, query_blocks, H, L, S, offset, window, extras, ROWS, KIND)
-        head = gl.maximum((following >> 32).to(gl.int32) // query_blocks, 0) % H
+        head = gl.maximum(row_of(following, KIND) // query_blocks, 0) % H
         exponentials, peak, total = _first_softmax(scores, last, first_shown, second_shown, view, extras, rows,
                                                    columns, S, scale_log2, head, BLOCK, KIND)
         weights = gl.convert_layout(exponentials.to(dtype), weights_layout)

@@ -42,6 +42,7 @@ class Kind:
     noted: bool  # tiles before the last two of a list may need a mask: the loader notes of every tile if it does
     rescores: bool  # scores are brought to units of log2 before the softmax, which else does it in passing
     walks_all: bool  # exact attention: every block that causality and the window show, without lists
+    in_pieces: bool  # lists are cut (splits.py); never with sinks, which the merge counts
 
 
 def kind_of(q: Tensor, v: Tensor, masks: Masks, mask: Tensor, stride_mb: int, stride_mh: int, stride_ms: int,
@@ -62,4 +63,4 @@ def kind_of(q: Tensor, v: Tensor, masks: Masks, mask: Tensor, stride_mb: int, st
                 stages=STAGES if is_wide else STAGES * TILE // tile, key_mask=key_mask, window=window,
                 documents=documents, has_mask=has_mask, has_bias=has_bias, pair_bytes=pair_bytes, capped=capped,
                 sinks=masks.sink_logits is not None, noted=key_mask or window or documents or tile == 1,
-                rescores=capped or has_bias, walks_all=False)
+                rescores=capped or has_bias, walks_all=False, in_pieces=False)

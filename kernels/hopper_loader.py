@@ -8,6 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from sparsify.kernels.splits import FIRST_AT, ROW, ROW_AT, SLOT_AT, TILES
+
 
 @gluon.jit
 def load_tiles(q, k, v, q_tiles, k_tiles, v_tiles, notes, mail, bars, kept_pairs, queue, counter, blocks,
@@ -25,26 +27,29 @@ def load_tiles(q, k, v, q_tiles, k_tiles, v_tiles, notes, mail, bars, kept_pairs
     v_head = 0
     # A query block travels as (row << 32 | pairs) in one integer: Triton 3.6.0 mixes up old and new of two loop-carried
     # scalars of which one is loaded through the other. Negative: no more.
-    block = take(queue, gl.program_id(0), blocks, query_blocks, L, S, offset, window, ROWS, BLOCK, KIND)
+    block = _take(queue, gl.program_id(0), blocks, query_blocks, L, S, offset, window, ROWS, BLOCK, KIND)
     while block >= 0:
-        pairs = (block & 0xFFFFFFFF).to(gl.int32)
-        row = (block >> 32).to(gl.int32)
+        pairs = pairs_of(block, KIND)
+        row = row_of(block, KIND)
         head_row = row // query_blocks
         first_row = (row - head_row * query_blocks) * ROWS
         batch = head_row // H
         head = head_row - batch * H
-        first_block, behind = shown_blocks(first_row, L, S, offset, window, ROWS, BLOCK, KIND)
-        ahead = _read_pair(kept_pairs, row, pair_capacity, pairs - 1, first_block, KIND)
+        first_block, behind = _shown_blocks(first_row, L, S, offset, window, ROWS, BLOCK, KIND)
+        own_pairs = kept_pairs
+        if KIND.in_pieces:
+            own_pairs += first_pair_of(block)
+        ahead = _read_pair(own_pairs, row, pair_capacity, pairs - 1, first_block, KIND)
         slot = turn & 1
         mbarrier.wait(mail_empty.index(slot), ((turn >> 1) & 1) ^ 1)
         mail.index(slot * 3).store(gl.full([1], block, gl.int64, one))
         if not KIND.noted:
             mail.index(slot * 3 + 1).store(gl.full([1], ahead, gl.int64, one))
-            before = _read_pair(kept_pairs, row, pair_capacity, pairs - 2, first_block, KIND)
+            before = _read_pair(own_pairs, row, pair_capacity, pairs - 2, first_block, KIND)
             mail.index(slot * 3 + 2).store(gl.full([1], before, gl.int64, one))
         mbarrier.arrive(mail_full.index(slot), count=1)
         place = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
-        following = take(queue, place, blocks, query_blocks, L, S, offset, window, ROWS, BLOCK, KIND)
+        following = _take(queue, place, blocks, query_blocks, L, S, offset, window, ROWS, BLOCK, KIND)
         if KIND.noted:
             last_whole = gl.minimum(first_row + offset, S - 1)
             first_whole = first_row + ROWS + offset - window
@@ -65,7 +70,7 @@ def load_tiles(q, k, v, q_tiles, k_tiles, v_tiles, notes, mail, bars, kept_pairs
         turn += 1
         for done in range(0, pairs):
             pair = ahead
-            ahead = _read_pair(kept_pairs, row, pair_capacity, pairs - 2 - done, first_block, KIND)
+            ahead = _read_pair(own_pairs, row, pair_capacity, pairs - 2 - done, first_block, KIND)
             stage = step % STAGES
             if KIND.noted:
                 noted, first_shown, second_shown = _judge_pair(pair, own_facts, row_low, row_high, last_whole,
@@ -105,13 +110,16 @@ def load_tiles(q, k, v, q_tiles, k_tiles, v_tiles, notes, mail, bars, kept_pairs
 
 
 @gluon.jit
-def take(queue, place, blocks, query_blocks, L, S, offset, window, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+def _take(queue, place, blocks, query_blocks, L, S, offset, window, ROWS: gl.constexpr, BLOCK: gl.constexpr,
           KIND: gl.constexpr):
-    """The query block at this place of the order, longest list first, as (row << 32 | pairs); -1 behind the last."""
+    """The query block at this place of the order, longest list first, as (row << 32 | pairs); -1 behind the last.
+
+    Where lists are in pieces, the unit at this place.
+    """
     if KIND.walks_all:
         head_rows = blocks // query_blocks
         query_block = query_blocks - 1 - place // head_rows
-        first, behind = shown_blocks(query_block * ROWS, L, S, offset, window, ROWS, BLOCK, KIND)
+        first, behind = _shown_blocks(query_block * ROWS, L, S, offset, window, ROWS, BLOCK, KIND)
         pairs = gl.maximum((behind - first + KIND.tile - 1) // KIND.tile, 1)
         row = place % head_rows * query_blocks + query_block
         taken = (row.to(gl.int64) << 32) | pairs.to(gl.int64)
@@ -121,7 +129,7 @@ def take(queue, place, blocks, query_blocks, L, S, offset, window, ROWS: gl.cons
 
 
 @gluon.jit
-def shown_blocks(first_row, L, S, offset, window, ROWS: gl.constexpr, BLOCK: gl.constexpr, KIND: gl.constexpr):
+def _shown_blocks(first_row, L, S, offset, window, ROWS: gl.constexpr, BLOCK: gl.constexpr, KIND: gl.constexpr):
     """The first key block that a row of this query block sees by causality and the window, and the one behind the last;
     equal where no row sees any."""
     last_row = gl.minimum(first_row + ROWS, L) - 1
@@ -197,3 +205,32 @@ def query_place(turn, KIND: gl.constexpr):
     if KIND.is_wide:
         return 0, turn & 1
     return turn & 1, (turn >> 1) & 1
+
+
+@gluon.jit
+def pairs_of(block, KIND: gl.constexpr):
+    """Pairs of a query block as it travels, or of a unit (splits.py)."""
+    if KIND.in_pieces:
+        return (block & TILES).to(gl.int32)
+    return (block & 0xFFFFFFFF).to(gl.int32)
+
+
+@gluon.jit
+def row_of(block, KIND: gl.constexpr):
+    """Which query block it is, or is a piece of; -1 behind the last."""
+    if KIND.in_pieces:
+        row = ((block >> ROW_AT) & ROW).to(gl.int32)
+        return gl.where(block >= 0, row, -1)
+    return (block >> 32).to(gl.int32)
+
+
+@gluon.jit
+def first_pair_of(unit):
+    """Where a piece begins in its list."""
+    return ((unit >> FIRST_AT) & TILES).to(gl.int32)
+
+
+@gluon.jit
+def slot_of(unit):
+    """Where the output of a piece goes."""
+    return (unit >> SLOT_AT).to(gl.int32)

@@ -7,14 +7,14 @@ needed. All arguments as the kernel's.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from sparsify.kernels.hopper_loader import blocks_of_pair
+from sparsify.kernels.hopper_loader import blocks_of_pair, row_of
 
 
 @gluon.jit
 def view_of(block, rows, query_blocks, H, L, S, offset, window, extras, ROWS: gl.constexpr, KIND: gl.constexpr):
     """What the rows of a query block see: each one's last key, the last key before its window, its document; the
     documents of all keys; the address of the first row's mask, and the rows that are left from there on."""
-    row = (block >> 32).to(gl.int32)
+    row = row_of(block, KIND)
     last_key = gl.minimum((row % query_blocks) * ROWS + rows + offset, S - 1)
     hidden = last_key
     documents = last_key
