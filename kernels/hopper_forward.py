@@ -187,6 +187,7 @@ def _warpgroup(WARPGROUP: gl.constexpr, out, lse, q_tiles, k_tiles, v_tiles, out
         acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
 
+        # The merge of pieces weighs in units of log2.
         row_lse = (peak + gl.log2(total)) * (1.0 if KIND.in_pieces else 0.6931471805599453)
         inverse = gl.where(total > 0, 1.0 / total, 0.0)
         acc = acc * gl.convert_layout(inverse, acc_rows)[:, None]

@@ -33,7 +33,8 @@ from sparsify.kernels.blocks import QUERY_BLOCK, count_blocks
 from sparsify.kernels.launch import launched
 from sparsify.kernels.scores import first_peak
 
-# Pieces cost a launch for the merge, some microseconds. Lists of fewer blocks gain less than that.
+# By arithmetic (benchmarks/notes/attention.md): pieces cost a launch for the merge, some microseconds, and lists of fewer
+# blocks gain about as much.
 FEWEST_KEY_BLOCKS = 64
 SHORTEST = 8  # key blocks of a piece: at d = 128 its output is written and read like four of them
 MOST_ROWS = 128  # query blocks that are cut
@@ -116,8 +117,8 @@ def _cut_lists(counts, units, firsts, counter, rows, slots, wanted, shortest, id
 def cut_lists(counts: Tensor, tile: int, wanted: int, idle: int = 0) -> Cut:
     """Launch `_cut_lists`: about `wanted` pieces, in tiles of `tile` key blocks.
 
-    The first `idle` units are never negative: where there
-    are fewer pieces, the others are one tile each, for a slot that the merge does not read.
+    The first `idle` units are never negative: where there are fewer pieces, the others are one tile each, for a slot
+    that the merge does not read.
     """
     rows = counts.numel()
     units = torch.empty(wanted + rows, dtype=torch.int64, device=counts.device)
