@@ -24,10 +24,10 @@ from benchmarks.dense import dense_calls
 from benchmarks.figures import Figure, record
 from benchmarks.records import RESULTS, environment
 from benchmarks.run import WRONG
-from benchmarks.workloads import BF16, Call, Layer, Workload
+from benchmarks.workloads import BF16, MIXED, Call, Layer, Workload
 from sparsify.ops import exact
 
-WORKLOAD = Workload("small_grids", "cuda", 8, 2, 128, BF16, (32768, 131072), (1.0, 0.25, 0.1))
+WORKLOAD = Workload("small_grids", "cuda", 8, 2, 128, BF16, (32768, 131072), (1.0, 0.25, 0.1, MIXED))
 QUERIES = (128, 256, 512, 1024)
 COMMAND = "python -m benchmarks.small_grids"
 SHOWN = (256, 32768)  # queries and keys that figures name
@@ -35,7 +35,8 @@ SHOWN = (256, 32768)  # queries and keys that figures name
 
 def measure_shape(layer: Layer, rounds: int, budget_ms: float) -> list[dict[str, Any]]:
     """One row a density, and one for all blocks: milliseconds whole and in pieces, and of the best dense kernel."""
-    lists_of = {f"lists {density:g}": layer.lists(density) for density in layer.workload.densities}
+    lists_of = {f"lists {density if isinstance(density, str) else f'{density:g}'}": layer.lists(density)
+                for density in layer.workload.densities}
     ours: dict[str, Call] = {"all blocks": lambda: exact.run("lists", *layer.qkv, layer.scale, layer.masks),
                              **{name: layer.sparse(lists) for name, lists in lists_of.items()}}
     dense = _right(dense_calls(layer, skip=("flex",)), layer)

@@ -33,8 +33,8 @@ from sparsify.kernels.blocks import QUERY_BLOCK, count_blocks
 from sparsify.kernels.launch import launched
 from sparsify.kernels.scores import first_peak
 
-# By arithmetic (benchmarks/notes/attention.md): pieces cost a launch for the merge, some microseconds, and lists of fewer
-# blocks gain about as much.
+# By arithmetic (benchmarks/notes/attention.md): pieces cost a launch for the merge, some microseconds, and lists of
+# fewer blocks gain about as much.
 FEWEST_KEY_BLOCKS = 64
 SHORTEST = 8  # key blocks of a piece: at d = 128 its output is written and read like four of them
 MOST_ROWS = 128  # query blocks that are cut

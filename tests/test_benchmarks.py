@@ -337,10 +337,10 @@ def test_crossover_saves_every_length_and_records_the_worst(tmp_path, monkeypatc
 
 def test_small_grids_are_measured_whole_and_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(small_grids, "environment", lambda device: FACTS)
-    small_grids.measure(replace(TINY, lengths=(600,), densities=(1.0, 0.3)), (150, 300), 1, 1.0, tmp_path)
+    small_grids.measure(replace(TINY, lengths=(600,), densities=(1.0, MIXED)), (150, 300), 1, 1.0, tmp_path)
     rows = json.loads((tmp_path / "small_grids.json").read_text())["rows"]
     assert [(row["queries"], row["contender"]) for row in rows] == [
-        (queries, name) for queries in (150, 300) for name in ("all blocks", "lists 1", "lists 0.3")]
+        (queries, name) for queries in (150, 300) for name in ("all blocks", "lists 1", "lists mixed")]
     assert all(row["whole_error"] < 1e-5 and row["pieces_error"] < 1e-5 and row["best_dense"] == "sdpa" for row in rows)
     assert [entry["value"] for entry in json.loads(figures.FILE.read_text())] == [min(row["gain"] for row in rows)]
 
