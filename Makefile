@@ -24,6 +24,7 @@ bench-gpu: $(READY)
 	@$(BIN)/python -m benchmarks.run cuda
 	@$(BIN)/python -m benchmarks.crossover
 	@$(BIN)/python -m benchmarks.graphs
+	@$(BIN)/python -m benchmarks.small_grids
 	@$(BIN)/python -m benchmarks.profile_call
 
 bench-thesis: $(READY)

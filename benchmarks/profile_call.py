@@ -39,7 +39,7 @@ PARTS = {
     "attention's own Python": ("sparsify.kernels.hopper:block_sparse_attention",
                                "sparsify.kernels.attend:block_sparse_attention"),
     "lists of all blocks": ("sparsify.kernels.every:every_block",),
-    "why_not": ("sparsify.kernels.hopper:why_not", "sparsify.kernels.hopper_select:why_not"),
+    "why_not": ("sparsify.kernels.hopper_coverage:why_not", "sparsify.kernels.hopper_select:why_not"),
     "allocations": ("torch:empty", "torch:zeros", "torch:full"),
     "descriptors": ("sparsify.kernels.hopper:describe", "sparsify.kernels.hopper_select:_describe"),
     "device queries": ("torch.cuda:get_device_properties", "torch.cuda:get_device_capability"),

@@ -13,6 +13,9 @@
 Under causality alone the blocks that need a mask (the diagonal, a ragged end, padding ids) are the last entries of a
 list: the main loop has no mask. Under anything else every block is masked.
 
+Where query blocks alone would leave most of the card idle, lists are cut into pieces (splits.py): a program then takes
+a unit in place of a query block, and writes what the merge reads.
+
 Source: FlashAttention-2 (arXiv 2307.08691) over a list of blocks.
 """
 
@@ -21,10 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK
-from sparsify.kernels.launch import launched
+from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, count_blocks
+from sparsify.kernels.launch import launched, multiprocessors
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E, finish_scores, first_peak, in_float32, read_documents, score_arguments
+from sparsify.kernels.splits import cut_lists, merge_pieces, read_unit, room_for, units_for
 
 REGISTERS = 255  # all of them; left alone, ptxas took 32 for wide float32 heads and spilled the rest
 
@@ -90,12 +94,21 @@ def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
                             ROWS: tl.constexpr, QUERY_BLOCK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
                             DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
                             PLAIN: tl.constexpr, WINDOWED: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-                            MASK: tl.constexpr, CAPPED: tl.constexpr, HAS_SINKS: tl.constexpr):
+                            MASK: tl.constexpr, CAPPED: tl.constexpr, HAS_SINKS: tl.constexpr,
+                            IN_PIECES: tl.constexpr):
     scale_log2, cap_log2 = in_float32(scale_log2), in_float32(cap_log2)
-    # Late query blocks of a causal head are the heavy ones: first.
-    parts = query_blocks * (QUERY_BLOCK // ROWS)
-    head_row = tl.program_id(0) // parts
-    part = parts - 1 - tl.program_id(0) % parts
+    if IN_PIECES:  # `counts` are units, `out` and `lse` what the merge reads
+        unit = tl.load(counts + tl.program_id(0) // (QUERY_BLOCK // ROWS))
+        if unit < 0:
+            return
+        slot, block_row, first_entry, count = read_unit(unit)
+        head_row = block_row // query_blocks
+        part_of_block = tl.program_id(0) % (QUERY_BLOCK // ROWS)
+        part = block_row % query_blocks * (QUERY_BLOCK // ROWS) + part_of_block
+    else:  # late query blocks of a causal head are the heavy ones: first
+        parts = query_blocks * (QUERY_BLOCK // ROWS)
+        head_row = tl.program_id(0) // parts
+        part = parts - 1 - tl.program_id(0) % parts
     batch, head = head_row // H, head_row % H
     first_row = part * ROWS
     rows = first_row + tl.arange(0, ROWS)
@@ -114,9 +127,12 @@ def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
                     row_inside[:, None] & (dims < D)[None, :], other=0.0)
 
     last_key = tl.minimum(rows + offset, S - 1) if PLAIN else rows + offset
-    block_row = head_row * query_blocks + first_row // QUERY_BLOCK
-    key_blocks = kept + block_row.to(tl.int64) * list_capacity
-    count = tl.load(counts + block_row)
+    if IN_PIECES:
+        key_blocks = kept + block_row.to(tl.int64) * list_capacity + first_entry
+    else:
+        block_row = head_row * query_blocks + first_row // QUERY_BLOCK
+        key_blocks = kept + block_row.to(tl.int64) * list_capacity
+        count = tl.load(counts + block_row)
     # At most the last four entries need a mask: three blocks under the diagonal of 128 rows, and a padding id.
     entries = count - 1 - tl.arange(0, 4)
     ends = tl.load(key_blocks + entries, entries >= 0, other=0) * BLOCK + BLOCK - 1
@@ -148,10 +164,15 @@ def _block_sparse_attention(q, k, v, kept, counts, key_mask, out, lse,
             WINDOWED, HAS_DOCUMENTS, MASK, CAPPED)
 
     weighted = weighted / tl.where(total > 0, total, 1.0)[:, None]
-    row_lse = (peak + tl.log2(total)) * 0.6931471805599453
-    out_at = out + ((batch.to(tl.int64) * L + rows[:, None]) * H + head) * DV + value_dims[None, :]
-    tl.store(out_at, weighted.to(out.dtype.element_ty), row_inside[:, None] & (value_dims < DV)[None, :])
-    tl.store(lse + head_row.to(tl.int64) * L + rows, row_lse, row_inside)
+    if IN_PIECES:
+        at = slot * QUERY_BLOCK + part_of_block * ROWS + tl.arange(0, ROWS)
+        tl.store(out + at[:, None] * DV_PAD + value_dims[None, :], weighted)
+        tl.store(lse + at, peak + tl.log2(total))
+    else:
+        row_lse = (peak + tl.log2(total)) * 0.6931471805599453
+        out_at = out + ((batch.to(tl.int64) * L + rows[:, None]) * H + head) * DV + value_dims[None, :]
+        tl.store(out_at, weighted.to(out.dtype.element_ty), row_inside[:, None] & (value_dims < DV)[None, :])
+        tl.store(lse + head_row.to(tl.int64) * L + rows, row_lse, row_inside)
 
 
 def _configuration(widest: int, itemsize: int, shared_memory: int, mask_itemsize: int) -> tuple[int, int, int]:
@@ -185,7 +206,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     B, H, L, D = q.shape
     Hkv, S = k.shape[1:3]
     DV = v.shape[3]
-    out = torch.empty(B, L, H, DV, dtype=q.dtype, device=q.device)
+    out = torch.empty(B, L, H, DV, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(B, H, L, dtype=torch.float32, device=q.device)
     query_blocks = counts.shape[2]
     D_PAD = max(16, triton.next_power_of_2(D))
@@ -196,14 +217,23 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
                                           0 if masks.attn_mask is None else masks.attn_mask.element_size())
     mask_strides = (0, 0) if key_mask is None else (key_mask.stride(0) * (len(key_mask) > 1), key_mask.stride(1))
     extras, constants = score_arguments(masks, q)
-    _block_sparse_attention[(B * H * query_blocks * (QUERY_BLOCK // rows),)](
-        q, k, v, kept, counts, q if key_mask is None else key_mask, out, lse, *q.stride(), *k.stride(), *v.stride(),
+    units, written, cut = counts, (out, lse), None
+    # Two programs a multiprocessor; a unit is as many programs as a query block.
+    wanted = units_for(counts.numel(), count_blocks(S, KEY_BLOCK), 2 * multiprocessors(q.device) * rows // QUERY_BLOCK)
+    if wanted:
+        cut = cut_lists(counts, 1, wanted)
+        units, written = cut.units, room_for(cut, DV_PAD)
+        constants["HAS_SINKS"] = False  # the merge counts them
+    _block_sparse_attention[(units.numel() * (QUERY_BLOCK // rows),)](
+        q, k, v, kept, units, q if key_mask is None else key_mask, *written, *q.stride(), *k.stride(), *v.stride(),
         *mask_strides, kept.shape[3], query_blocks, H, H // Hkv, L, S,
         S if causal_offset is None else causal_offset,  # at an offset of S every row sees every key
         scale * LOG2_E, *extras, ROWS=rows, QUERY_BLOCK=QUERY_BLOCK, BLOCK=KEY_BLOCK, D=D, DV=DV, D_PAD=D_PAD,
-        DV_PAD=DV_PAD, HAS_KEY_MASK=key_mask is not None, PLAIN=masks.is_plain, **constants, num_warps=warps,
-        num_stages=stages, maxnreg=REGISTERS)
-    return out.transpose(1, 2), lse
+        DV_PAD=DV_PAD, HAS_KEY_MASK=key_mask is not None, PLAIN=masks.is_plain, **constants, IN_PIECES=cut is not None,
+        num_warps=warps, num_stages=stages, maxnreg=REGISTERS)
+    if cut is not None:
+        merge_pieces(*written, cut, masks.sink_logits, out, lse)
+    return out, lse
 
 
 def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:

@@ -45,7 +45,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparsify.kernels.attend import positive_scale
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, count_blocks
-from sparsify.kernels.hopper import why_not_here
+from sparsify.kernels.hopper_coverage import why_not_here
 from sparsify.kernels.launch import descriptor, launched, multiprocessors
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E

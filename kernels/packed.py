@@ -21,6 +21,7 @@ from torch.library import triton_op, wrap_triton
 
 from sparsify.kernels.attend import _block_sparse_attention, _configuration, _shared_memory
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, capacity, count_blocks
+from sparsify.kernels.launch import multiprocessors
 from sparsify.kernels.scores import LOG2_E
 from sparsify.kernels.select import (
     PACK_WARPS,
@@ -28,7 +29,6 @@ from sparsify.kernels.select import (
     PROGRAMS_PER_MULTIPROCESSOR,
     STAGES,
     _estimate_peaks,
-    _multiprocessors,
     _pack_lists,
 )
 from sparsify.kernels.select import _configuration as _estimator
@@ -64,7 +64,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, s
     units = B * H * query_blocks
     chunk, warps = _estimator(q.element_size())
     chunks = count_blocks(key_blocks, chunk)
-    programs = PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(q.device)
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(q.device)
     mass_type = torch.float32 if q.element_size() == 4 else torch.float16
     scratch = empty(programs, chunks, QUERY_BLOCK, chunk, dtype=mass_type)
     scratch_peaks, peaks = empty(programs, chunks, QUERY_BLOCK), empty(B, H, query_blocks, key_blocks)
@@ -92,5 +92,5 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, s
         query_blocks, H, H // Hkv, L, S, S if causal_offset is None else causal_offset, scale * LOG2_E, 0, counts,
         counts, 0, 0, q, 0, 0, 0, 0, 0.0, q, ROWS=rows, QUERY_BLOCK=QUERY_BLOCK, BLOCK=KEY_BLOCK, D=D, DV=DV,
         D_PAD=D_PAD, DV_PAD=DV_PAD, HAS_KEY_MASK=key_mask is not None, PLAIN=True, WINDOWED=False, HAS_DOCUMENTS=False,
-        MASK=0, CAPPED=False, HAS_SINKS=False, num_warps=warps, num_stages=stages)
+        MASK=0, CAPPED=False, HAS_SINKS=False, IN_PIECES=False, num_warps=warps, num_stages=stages)
     return out.transpose(1, 2)

@@ -494,7 +494,7 @@ def _launch_peaks(q: Tensor, k: Tensor, summaries: SplitSummaries, scale: float,
     singles = summaries.singles.shape[2]
     query_blocks, key_blocks = count_blocks(L, QUERY_BLOCK), count_blocks(S, KEY_BLOCK)
     units = B * H * query_blocks
-    programs = min(units, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(q.device))
+    programs = min(units, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(q.device))
     chunk, warps = _configuration(q.element_size())
     chunks = count_blocks(key_blocks, chunk)
     # Masses are at most singles + 1, or a block's keys: half precision keeps eleven bits of every share above 6e-5.
@@ -556,7 +556,3 @@ def _count_stride(summaries: SplitSummaries) -> int:
     """From one batch's counts to the next; 0 where all share one."""
     masks, blocks = summaries.rest_count.shape
     return blocks if masks > 1 else 0
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return 1 if device.type != "cuda" else multiprocessors(device)  # 1: in Triton's interpreter

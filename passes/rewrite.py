@@ -3,8 +3,8 @@
 Given   sites with their masks proven and budgets chosen.
 Leaves  the same graph: sparse buckets call adaptive_attention, tables of buckets planned_attention; dense ones SDPA
         where it can say the mask without a tensor and calls may be short, else exact_attention; what built the masks,
-        the scores and the repeated heads is gone; a record per site. The result stands where the old output stood, with its dtype, and
-        its strides wherever a user could see.
+        the scores and the repeated heads is gone; a record per site. The result stands where the old output stood,
+        with its dtype, and its strides wherever a user could see.
 Never   touches a refused site, nor a dense one that is SDPA's own business: no mask tensor, nothing to gain.
 
     softmax(q @ k^T * scale + mask) @ v   ->   sparsify.adaptive_attention(q, k, v, scale, causal_offset, key_mask, ...)

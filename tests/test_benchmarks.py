@@ -11,7 +11,20 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import bars, charts, clock, crossover, figures, graphs, profile_call, records, roofline, run, sanitize
+from benchmarks import (
+    bars,
+    charts,
+    clock,
+    crossover,
+    figures,
+    graphs,
+    profile_call,
+    records,
+    roofline,
+    run,
+    sanitize,
+    small_grids,
+)
 from benchmarks.charts import Series
 from benchmarks.dense import bare_calls, dense_calls
 from benchmarks.roofline import Roof
@@ -319,6 +332,25 @@ def test_crossover_saves_every_length_and_records_the_worst(tmp_path, monkeypatc
     assert len(lines) == 6 and len({line.count("|") for line in lines[2:]}) == 1
 
 
+# Small grids
+
+
+def test_small_grids_are_measured_whole_and_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_grids, "environment", lambda device: FACTS)
+    small_grids.measure(replace(TINY, lengths=(600,), densities=(1.0, MIXED)), (150, 300), 1, 1.0, tmp_path)
+    rows = json.loads((tmp_path / "small_grids.json").read_text())["rows"]
+    assert [(row["queries"], row["contender"]) for row in rows] == [
+        (queries, name) for queries in (150, 300) for name in ("all blocks", "lists 1", "lists mixed")]
+    assert all(row["whole_error"] < 1e-5 and row["pieces_error"] < 1e-5 and row["best_dense"] == "sdpa" for row in rows)
+    assert [entry["value"] for entry in json.loads(figures.FILE.read_text())] == [min(row["gain"] for row in rows)]
+
+
+def test_whole_lists_are_those_without_pieces():
+    splits = pytest.importorskip("sparsify.kernels.splits", reason="needs Triton")
+    asked = lambda: splits.units_for(16, 512, 132)  # noqa: E731
+    assert small_grids._whole(asked)() == 0 and asked() == 132
+
+
 # Graphs
 
 
@@ -446,5 +478,5 @@ def test_the_small_suite_exists_and_reaches_every_kernel():
     assert listed.returncode == 0, listed.stdout[-2000:]
     kernels = {"_block_sparse_attention", "_estimate_peaks", "_pack_lists", "_quantise_keys"}
     assert kernels <= set(sanitize.kernel_names())
-    for room in ("hopper", "hopper_select", "select", "attend", "statistics"):
+    for room in ("hopper", "hopper_select", "select", "attend", "splits", "statistics"):
         assert any(test.startswith(f"tests/kernels/test_{room}.py") for test in tests)

@@ -82,10 +82,10 @@ def can_run(name: str, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> bool:
 def _attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: Masks) -> Tensor:
     """Block-sparse attention of ours over all allowed blocks."""
     if q.is_cuda:
-        from sparsify.kernels import every, hopper  # Triton: imported when a CUDA op runs, not before
+        from sparsify.kernels import every, hopper, hopper_coverage  # Triton: imported when a CUDA op runs, not before
 
         if every.covers(masks):
-            if hopper.why_not(q, k, v, masks) is None:
+            if hopper_coverage.why_not(q, k, v, masks) is None:
                 return hopper.attention(q, k, v, scale=scale, masks=masks)[0]
             return attend_lists(q, k, v, *every.every_block(q, k.shape[2], masks), scale, masks)[0]
     lists = every_block(allowed_blocks(masks, q.shape[2], k.shape[2], q.device), *q.shape[:2])

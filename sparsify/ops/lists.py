@@ -19,7 +19,7 @@ def attend_lists(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, 
     if not q.is_cuda:
         cpu = gather if native.why_not(q) else native
         return cpu.block_sparse_attention(q, k, v, kept, counts, scale=scale, masks=masks)
-    from sparsify.kernels import attend, hopper  # Triton: imported when a CUDA op runs, not before
+    from sparsify.kernels import attend, hopper, hopper_coverage  # Triton: imported when a CUDA op runs, not before
 
-    kernel = attend if hopper.why_not(q, k, v, masks) else hopper
+    kernel = attend if hopper_coverage.why_not(q, k, v, masks) else hopper
     return kernel.block_sparse_attention(q, k, v, kept, counts, scale=scale, masks=masks)

@@ -120,7 +120,7 @@ class Module(torch.nn.Module):
         return torch.ops.sparsify.packed_attention(q, k, v, mask, 0.125, 0, 0.03, 0.9, 1, 1, 6)
 
 triton.runtime.driver.set_active(Driver())
-packed._multiprocessors, packed._shared_memory = lambda device: 132, lambda device: 232448
+packed.multiprocessors, packed._shared_memory = lambda device: 132, lambda device: 232448
 length = Dim("length", min=2, max=131072)
 with FakeTensorMode(shape_env=ShapeEnv()):
     q, k, v = (torch.empty(2, heads, 300, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))

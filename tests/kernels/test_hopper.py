@@ -12,7 +12,8 @@ from kernel_cases import (
     qkv,
 )
 
-from sparsify.kernels.hopper import attention, block_sparse_attention, why_not
+from sparsify.kernels.hopper import attention, block_sparse_attention
+from sparsify.kernels.hopper_coverage import why_not
 from sparsify.kernels.masks import Masks
 
 on_hopper = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,

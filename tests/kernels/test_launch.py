@@ -175,7 +175,7 @@ def test_selection_and_attention_launch_without_triton_the_second_time(monkeypat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_was_compiled_ahead_is_not_compiled_again(monkeypatch):
-    from sparsify.kernels.hopper import LEVELS, _fill_queue
+    from sparsify.kernels.hopper_queue import LEVELS, _fill_queue
 
     counts = torch.full((700,), 2, dtype=torch.int32, device="cuda")
     queue = torch.zeros(700, dtype=torch.int64, device="cuda")
