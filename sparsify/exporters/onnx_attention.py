@@ -84,24 +84,26 @@ def attend(blocks: Blocks, kept: Value, heads: Value) -> Value:
     lists = call.group // heads
     free_pairs = blocks.free.unsqueeze(1, 3)
     free, cut = ((kept & pairs).reshape(-1, blocks.k_blocks) for pairs in (free_pairs, ~free_pairs))
-    per_head = blocks.q_count * lists
-    steps = Steps(blocks, free, cut, per_head, rows * text.ints(KEY_BLOCK), call.added is not None)
+    steps = Steps(blocks, free, cut, blocks.q_count * lists, rows * text.ints(KEY_BLOCK), call.added is not None)
+    # What is free for all lists of a step needs no bias. Behind it come blocks that are cut, and what fills up.
+    longest, common = steps.most(steps.counts), text.ReduceMin(steps.firsts, text.ints(1, 2), keepdims=0)
+    widths = text.Concat(common.unsqueeze(1), (longest - common).unsqueeze(1), axis=1)
+    query_blocks, first_heads = steps.rows // lists, steps.rows % lists * heads
+    last_block = blocks.k.size(0) - text.ints(1)
+    no_value = text.real(0).expand(steps.alike, 1, call.value_dim)
 
     def step(at: Value) -> Value:
-        starts, counts = steps.starts.take(at), steps.counts.take(at)
-        # What is free for all lists of the step needs no bias. Behind it come blocks that are cut, and what fills up.
-        common = text.ReduceMin(steps.firsts.take(at), text.ints(0))
-        others = text.Max(text.ReduceMax(counts, text.ints(0)), text.ints(1)) - common
-        places, _ = steps.part(starts, counts, common)
-        other_places, is_there = steps.part(starts + common, counts - common, others)
-        bias = blocks.bias(other_places, is_there, at // lists, at % lists * heads, heads)
-        some = q.take(at)
-        scores = [blocks.scores(some, places, None), blocks.scores(some, other_places, bias)]
-        places = text.Concat(places, other_places, axis=1)
-        values = blocks.v.take(places).reshape(0, -1, call.value_dim)
+        some = q.take(steps.rows.take(at))
+        places = steps.part(steps.starts.take(at), steps.counts.take(at), longest.take(at))
+        width, some_places = widths.take(at), text.Min(places, last_block)
+        open_places, other_places = text.Split(some_places, width, axis=1, outputs=2)
+        _, hidden_places = text.Split(places, width, axis=1, outputs=2)
+        bias = blocks.bias(hidden_places, query_blocks.take(at), first_heads.take(at), heads)
+        scores = [blocks.scores(some, open_places, None, heads), blocks.scores(some, other_places, bias, heads)]
+        values = blocks.v.take(some_places).reshape(0, -1, call.value_dim)
         if call.kind.sinks:
-            scores.append(ghosts.take(at))
-            values = text.Concat(values, text.real(0).expand(at.size(0), 1, call.value_dim), axis=1)
+            scores.append(ghosts.take(steps.rows.take(at)))
+            values = text.Concat(values, no_value, axis=1)
         joined = text.Concat(*scores, axis=2)
         mixed = text.MatMul(text.Softmax(joined, axis=2), values)
         if call.kind.sinks or not call.kind.hides:

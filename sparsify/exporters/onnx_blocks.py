@@ -104,24 +104,27 @@ class Blocks:
                 text.ReduceMax(of_blocks(-2**63), text.ints(-1), keepdims=0))
 
     def _lay_tables(self) -> None:
-        """What masks say: tables by key block of a KV head, as keys lie, and by query block of a head or KV head."""
+        """What masks say: tables by key block of a KV head, as keys lie, and by query block of a head or KV head.
+
+        Tables of keys have a block more than there are, which is hidden.
+        """
         text, call = self.text, self.call
         by_key = text.shape(call.batch, call.kv_heads, self.k_blocks, KEY_BLOCK)
 
-        def of_keys(table: Value) -> Value:
-            """[1 or B, key blocks, KEY_BLOCK] as the keys lie."""
-            return text.Expand(table.unsqueeze(1), by_key).reshape(-1, KEY_BLOCK)
+        def of_keys(table: Value, fill: Value) -> Value:
+            """[1 or B, key blocks, KEY_BLOCK] as the keys lie, and a block of `fill`."""
+            return self.padded(text.Expand(table.unsqueeze(1), by_key).reshape(-1, KEY_BLOCK), text.ints(1), 0, fill)
 
-        self.key_bias = of_keys((text.real(1) - self.shown) * text.real(HIDDEN))
+        self.key_bias = of_keys((text.real(1) - self.shown) * text.real(HIDDEN), text.real(HIDDEN))
         if call.offset is not None:
             places = text.range(self.keys.scalar()).to(FLOAT).reshape(1, -1, KEY_BLOCK)
             places = text.Where(self.shown > text.real(0), places, text.real(NOWHERE))
-            self.key_places = of_keys(call.steep(places))
+            self.key_places = of_keys(call.steep(places), call.steep(text.real(NOWHERE)))
             self.row_ends = self._by_row(call.steep(text.range(self.rows.scalar()) + call.offset).unsqueeze(0))
         if call.query_documents is not None and call.key_documents is not None:
             self.row_documents = self._by_row(self.padded_rows(call.query_documents, 1, text.integer(0)))
             self.key_documents = of_keys(
-                self.padded_keys(call.key_documents, 1, text.integer(0)).reshape(0, -1, KEY_BLOCK))
+                self.padded_keys(call.key_documents, 1, text.integer(0)).reshape(0, -1, KEY_BLOCK), text.integer(0))
         is_row = (text.range(self.rows.scalar()) < call.q_len).reshape(1, 1, -1, 1, QUERY_BLOCK, 1)
         ghost = text.real(GHOST) if call.sink is None else call.sink.reshape(1, call.kv_heads, 1, call.group, 1, 1)
         ghost = text.Where(is_row, ghost, text.real(TAKES_ALL))
@@ -129,47 +132,44 @@ class Blocks:
             -1, QUERY_BLOCK, 1)
 
     def _by_row(self, table: Value) -> Value:
-        """[1 or B, padded rows] by query block of a KV head: [blocks, QUERY_BLOCK, 1]."""
+        """[1 or B, padded rows] by query block of a KV head: [blocks, 1, QUERY_BLOCK, 1]."""
         table = table.reshape(0, 1, -1, QUERY_BLOCK)
-        return table.expand(self.call.batch, self.call.kv_heads, self.q_blocks, QUERY_BLOCK).reshape(-1, QUERY_BLOCK, 1)
+        table = table.expand(self.call.batch, self.call.kv_heads, self.q_blocks, QUERY_BLOCK)
+        return table.reshape(-1, 1, QUERY_BLOCK, 1)
 
-    def scores(self, rows: Value, places: Value, bias: Value | None) -> Value:
+    def scores(self, rows: Value, places: Value, bias: Value | None, heads: Value) -> Value:
         """Scores of rows [G, heads * QUERY_BLOCK, D] against the key blocks at `places` [G, n], which may be none.
 
         Under the soft cap, and with a bias as `bias` makes it: float [G, heads * QUERY_BLOCK, n * KEY_BLOCK].
         """
         text, call = self.text, self.call
-        width = places.size(1) * text.ints(KEY_BLOCK)
-        keys = text.Reshape(self.k.take(places), text.shape(places.size(0), width, call.dim), allowzero=1)
+        keys = self.k.take(places).reshape(0, -1, call.dim)
         scores = call.capped(text.MatMul(rows, text.Transpose(keys, perm=[0, 2, 1])))
         if bias is None:
             return scores
-        by_head = text.Reshape(scores, text.shape(rows.size(0), -1, QUERY_BLOCK, width)) + bias
-        return by_head.reshape(0, -1, width)
+        by_head = scores.reshape(0, heads, QUERY_BLOCK, -1) + bias
+        return by_head.reshape(0, heads * text.ints(QUERY_BLOCK), -1)
 
-    def bias(self, places: Value, is_there: Value, at: Value, first_heads: Value, heads: Value) -> Value:
+    def bias(self, places: Value, at: Value, first_heads: Value, heads: Value) -> Value:
         """What the masks add to the scores of query blocks `at` of KV heads against the key blocks at `places`.
 
-        places, is_there   int64, bool [G, n]; what is not there is hidden
+        places             int64 [G, n]: key blocks of KV heads; their number is no block, and hidden
         at                 int64 [G]
         first_heads, heads int64 [G] and [1]: which heads of the group it is for, where there is attn_mask, and how many
 
         float [G, 1 or heads, 1 or QUERY_BLOCK, n * KEY_BLOCK]. G is 1 where there is attn_mask.
         """
-        text, call = self.text, self.call
-        is_there = is_there.unsqueeze(2)
+        call = self.call
 
-        def of_keys(table: Value, fill: Value) -> Value:
-            return text.Where(is_there, table.take(places), fill).reshape(0, 1, 1, -1)
+        def of_keys(table: Value) -> Value:
+            return table.take(places).reshape(0, 1, 1, -1)
 
         if call.offset is not None:
-            ends = self.row_ends.take(at).unsqueeze(1)
-            bias = call.causal_bias(ends, of_keys(self.key_places, call.steep(text.real(NOWHERE))))
+            bias = call.causal_bias(self.row_ends.take(at), of_keys(self.key_places))
         else:
-            bias = of_keys(self.key_bias, text.real(HIDDEN))
+            bias = of_keys(self.key_bias)
         if call.query_documents is not None:
-            rows = self.row_documents.take(at).unsqueeze(1)
-            bias = bias + call.document_bias(rows, self.key_documents.take(places).reshape(0, 1, 1, -1))
+            bias = bias + call.document_bias(self.row_documents.take(at), of_keys(self.key_documents))
         if call.added is not None:
             bias = bias + self.added(places, at, first_heads, heads).reshape(0, 0, 0, -1)
         return bias

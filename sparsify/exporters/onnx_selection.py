@@ -27,48 +27,45 @@ class Selection(Blocks):
     def _peaks(self, singles: Value) -> Value:
         """Peaks, float [batch * KV heads * query blocks, group, key blocks]; kernels/estimate.py."""
         text, call = self.text, self.call
-        summaries = Summaries(self, singles)
-        all_rows = call.group * text.ints(QUERY_BLOCK)
-        q = self.q.reshape(-1, all_rows, call.dim)
+        estimate = Estimate(Summaries(self, singles))
+        all_rows, vectors = call.group * text.ints(QUERY_BLOCK), (singles + text.integer(1)).unsqueeze(0)
+        q, last_block = self.q.reshape(-1, all_rows, call.dim), self.k.size(0) - text.ints(1)
         ghosts = self.ghosts.reshape(-1, all_rows, 1)
         pairs = text.shape(call.batch, call.kv_heads, self.q_blocks, self.k_blocks)
 
         def by_row(mask: Value) -> Value:
             return text.Expand(mask.unsqueeze(1), pairs).reshape(-1, self.k_blocks)
 
-        cut = None if self.cut is None else by_row(self.allowed & self.cut)
-        vectors = (singles + text.integer(1)).unsqueeze(0)
-        steps = Steps(self, by_row(self.whole), cut, self.q_count, all_rows * vectors, call.added is not None)
-        one = text.ints(1)
-
-        def highest(shares: Value, count: Value) -> Value:
-            """Largest share of any row, [G, group, count] of [G * rows, count]."""
-            most = text.ReduceMax(shares.reshape(-1, QUERY_BLOCK, count), text.ints(1), keepdims=0)
-            return most.reshape(-1, call.group, count)
+        edge = None if self.cut is None else by_row(self.allowed & self.cut)
+        steps = Steps(self, by_row(self.whole), edge, self.q_count, all_rows * vectors, call.added is not None)
+        cuts = steps.counts - steps.firsts
+        many_whole, many_cut = steps.most(steps.firsts), steps.most(cuts)
+        widths = [many_whole.unsqueeze(1) * vectors, text.ints(1).expand(steps.steps, 1)]
+        if edge is not None:
+            widths.insert(1, many_cut.unsqueeze(1) * text.ints(KEY_BLOCK))
+        widths_of_steps = text.Concat(*widths, axis=1)
 
         def step(at: Value) -> Value:
-            rows, starts, wholes = q.take(at), steps.starts.take(at), steps.firsts.take(at)
-            count = text.Max(text.ReduceMax(wholes, text.ints(0)), one)
-            blocks, is_there = steps.part(starts, wholes, count)
-            columns, widths = [*summaries.scores(rows, blocks, is_there, at)], [count * vectors]
-            if cut is not None:
-                cuts = steps.counts.take(at) - wholes
-                cut_count = text.Max(text.ReduceMax(cuts, text.ints(0)), one)
-                cut_blocks, is_cut = steps.part(starts + wholes, cuts, cut_count)
-                bias = self.bias(cut_blocks, is_cut, at, text.ints(0), call.group)
-                columns.append(self.scores(rows, cut_blocks, bias))
-                widths.append(cut_count * text.ints(KEY_BLOCK))
-            shares = text.Softmax(text.Concat(*columns, ghosts.take(at), axis=2), axis=2)
-            of_whole, *of_cut, _ = text.Split(shares, text.shape(*widths, one), axis=2, outputs=len(widths) + 1)
-            found = highest(text.ReduceSum(of_whole.reshape(-1, vectors, count), text.ints(1), keepdims=0), count)
-            if cut is not None:
-                of_cut = text.ReduceSum(of_cut[0].reshape(-1, cut_count, KEY_BLOCK), text.ints(2), keepdims=0)
-                found = text.Concat(found, highest(of_cut, cut_count), axis=2)
+            rows, starts, wholes = steps.rows.take(at), steps.starts.take(at), steps.firsts.take(at)
+            some = q.take(rows)
+            blocks = steps.part(starts, wholes, many_whole.take(at))
+            columns = [*estimate.scores(some, blocks, rows), ghosts.take(rows)]
+            if edge is not None:
+                cut_blocks = steps.part(starts + wholes, cuts.take(at), many_cut.take(at))
+                bias = self.bias(cut_blocks, rows, text.ints(0), call.group)
+                columns.insert(2, self.scores(some, text.Min(cut_blocks, last_block), bias, call.group))
+            shares = text.Softmax(text.Concat(*columns, axis=2), axis=2)
+            of_whole, *of_cut, _ = text.Split(shares, widths_of_steps.take(at), axis=2, outputs=len(widths))
+            found = [text.ReduceSum(of_whole.reshape(0, 0, vectors, -1), text.ints(2), keepdims=0)]
+            if edge is not None:
+                found.append(text.ReduceSum(of_cut[0].reshape(0, 0, -1, KEY_BLOCK), text.ints(3), keepdims=0))
                 blocks = text.Concat(blocks, cut_blocks, axis=1)
-            # What is not there has a share of 0.
-            place = text.Expand((blocks % self.k_count).unsqueeze(1), text.Shape(found))
-            none = text.real(0).expand(at.size(0), call.group, self.k_blocks)
-            return text.ScatterElements(none, place, found, axis=2, reduction="max")
+            of_rows = text.Concat(*found, axis=2) if edge is not None else found[0]
+            most = text.ReduceMax(of_rows.reshape(0, call.group, QUERY_BLOCK, -1), text.ints(2), keepdims=0)
+            # What is no block has a share of 0.
+            place = text.Expand((blocks % self.k_count).unsqueeze(1), text.Shape(most))
+            none = text.real(0).expand(steps.alike, call.group, self.k_blocks)
+            return text.ScatterElements(none, place, most, axis=2, reduction="max")
 
         return steps.each(step)
 
@@ -179,31 +176,57 @@ class Summaries:
         rest = product(rows, by_pair(self.mean, call.dim)) + (half - excess * excess) + row_of(self.rest_bias)
         return single, rest
 
-    def scores(self, rows: Value, blocks: Value, is_there: Value, at: Value) -> tuple[Value, Value]:
-        """Log masses of the singles [G, rows, m * n], single by single, and of the rest [G, rows, n]; `rows` [G, rows,
-        D] of query blocks `at` [G] of KV heads, `blocks` [G, n]; what is not there is hidden."""
+
+class Estimate:
+    """Log masses of key blocks by their summaries, as a step of a loop takes them.
+
+    Tables have a row more than there are blocks, which is hidden. Without a soft cap, what a summary adds to its scores
+    is a column of the tables, and a column of ones of the rows: one pass over the scores less.
+    """
+
+    def __init__(self, summaries: Summaries) -> None:
+        self.blocks, self.text, self.call = summaries.blocks, summaries.text, summaries.call
+        text, call = self.text, self.call
+        self.singles, self.all_rows = summaries.singles, call.group * text.ints(QUERY_BLOCK)
+        blocks, one, hidden = self.blocks, text.ints(1), text.real(HIDDEN)
+        self.count = blocks.k.size(0) + one
+        single, mean = (blocks.padded(x, one, axis) for x, axis in ((summaries.single_keys, 1), (summaries.mean, 0)))
+        half = blocks.padded(summaries.half_variance, one, 0)
+        single_bias = blocks.padded(summaries.single_bias, one, 1, hidden).unsqueeze(2)
+        rest_bias = blocks.padded(summaries.rest_bias, one, 0, hidden).unsqueeze(1)
+        self.root_log = blocks.padded(summaries.root_log, one, 0)
+        self.single_bias, self.rest_bias = single_bias.reshape(-1), rest_bias.reshape(-1)
+        if not self.blocks.kind.softcap:
+            single, mean = text.Concat(single, single_bias, axis=2), text.Concat(mean, rest_bias, axis=1)
+            half = blocks.padded(half, one, 1)
+        self.single, self.mean, self.half = text.Reshape(single, text.shape(-1, mean.size(1))), mean, half
+
+    def scores(self, rows: Value, blocks: Value, at: Value) -> tuple[Value, Value]:
+        """Of the singles [G, rows, m * n], single by single, and of the rest [G, rows, n]; `rows` [G, rows, D] of query
+        blocks `at` [G] of KV heads, `blocks` [G, n]."""
         text, call = self.text, self.call
         order = text.range(self.singles).reshape(1, -1, 1)
-        singles = (order * self.blocks.k.size(0) + blocks.unsqueeze(1)).reshape(0, -1)  # [G, m * n]
+        singles = (order * self.count + blocks.unsqueeze(1)).reshape(0, -1)  # [G, m * n]
 
         def product(x: Value, vectors: Value) -> Value:
             return text.MatMul(x, text.Transpose(vectors, perm=[0, 2, 1]))
 
-        single = product(rows, self.single_keys.reshape(-1, call.dim).take(singles))
-        single_bias = text.Where(is_there.unsqueeze(1), self.single_bias.reshape(-1).take(singles).reshape(
-            0, -1, blocks.size(1)), text.real(HIDDEN)).reshape(0, 1, -1)
+        if not self.blocks.kind.softcap:
+            rows = self.blocks.padded(rows, text.ints(1), 2, text.real(1))
         # The rest: variance / 2 is `half`; beyond variance = 2 log n it is sqrt(2 log n variance) - log n, which is
         # half - (sqrt(half) - sqrt(log n))^2.
-        half = product(rows * rows, self.half_variance.take(blocks))
+        half = product(rows * rows, self.half.take(blocks))
         excess = text.Relu(text.Sqrt(half) - self.root_log.take(blocks).unsqueeze(1))
-        rest = call.capped(product(rows, self.mean.take(blocks)) + (half - excess * excess))
-        rest_bias = text.Where(is_there, self.rest_bias.take(blocks), text.real(HIDDEN)).unsqueeze(1)
-        single, rest = call.capped(single) + single_bias, rest + rest_bias
+        single = product(rows, self.single.take(singles))
+        rest = product(rows, self.mean.take(blocks)) + (half - excess * excess)
+        if self.blocks.kind.softcap:
+            single = call.capped(single) + self.single_bias.take(singles).unsqueeze(1)
+            rest = call.capped(rest) + self.rest_bias.take(blocks).unsqueeze(1)
         if call.added is None:
             return single, rest
         bias = self._block_bias(blocks, at)
         by_single = single.reshape(0, 0, self.singles.unsqueeze(0), -1) + bias.unsqueeze(2)
-        return by_single.reshape(0, rows.size(1), -1), rest + bias
+        return by_single.reshape(0, self.all_rows, -1), rest + bias
 
     def _block_bias(self, blocks: Value, at: Value) -> Value:
         """What attn_mask adds to the log mass of blocks [1, rows, n]: kernels/blocks.py::block_bias."""
@@ -213,4 +236,4 @@ class Summaries:
         mean = text.ReduceLogSumExp(added, text.ints(-1), keepdims=0)
         count = text.ReduceSum(text.Equal(hiding, text.real(0)).to(FLOAT), text.ints(-1), keepdims=0)
         bias = mean - text.Log(text.Max(count, text.real(1))).unsqueeze(1, 2)
-        return bias.expand(1, call.group, QUERY_BLOCK, blocks.size(1)).reshape(0, -1, blocks.size(1))
+        return bias.expand(1, call.group, QUERY_BLOCK, blocks.size(1)).reshape(0, self.all_rows, -1)
