@@ -141,6 +141,7 @@ def _session(file: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it takes time from the next file's call
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 

@@ -29,7 +29,7 @@ from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK
 
 __all__ = ["DOMAIN", "OPSETS", "PLAN", "Kind", "function_text", "selection_text"]
 
-FEW_KEYS, FEW_FOR_OPERATOR = 384, 640
+FEW_KEYS, FEW_FOR_OPERATOR = 512, 640
 """Up to so many keys a dense bucket makes all scores at once, or calls ONNX's own operator, where there is one and it
 has a word for the masks: blocks cost more nodes than they save products. Measured in onnxruntime, two threads."""
 OPERATOR_SINCE = 23
