@@ -37,8 +37,9 @@ class Steps:
         listed = (row // per_head * blocks.k_count + column % blocks.k_count).reshape(-1)
         firsts, counts = (text.ReduceSum(mask.to(INT64), text.ints(1), keepdims=0) for mask in (first, masks))
         longest = text.ReduceMax(counts, text.ints(0))
-        self._nothing, self._listed = blocks.k.size(0), blocks.padded(listed, longest, axis=0, fill=text.integer(0))
-        one, self._count = text.ints(1), masks.size(0)
+        one, self._nothing, self._count = text.ints(1), blocks.k.size(0), masks.size(0)
+        # Every list may be read to the length of the longest, and one entry where all are empty.
+        self._listed = blocks.padded(listed, text.Max(longest, one), axis=0, fill=text.integer(0))
         alike = one
         if not one_a_step:
             work, most = (text.Max(count * scores, one) for count in (text.ReduceSum(counts, text.ints(0)), longest))
