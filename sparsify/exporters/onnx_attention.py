@@ -80,8 +80,7 @@ def attend(blocks: Blocks, kept: Value, heads: Value) -> Value:
     """
     text, call = blocks.text, blocks.call
     rows = heads * text.ints(QUERY_BLOCK)
-    q, ghosts = blocks.q.reshape(-1, rows, call.dim), blocks.ghosts.reshape(-1, rows, 1)
-    lists = call.group // heads
+    ghosts, lists = blocks.ghosts.reshape(-1, rows, 1), call.group // heads
     free_pairs = blocks.free.unsqueeze(1, 3)
     free, cut = ((kept & pairs).reshape(-1, blocks.k_blocks) for pairs in (free_pairs, ~free_pairs))
     steps = Steps(blocks, free, cut, blocks.q_count * lists, rows * text.ints(KEY_BLOCK), call.added is not None)
@@ -90,10 +89,11 @@ def attend(blocks: Blocks, kept: Value, heads: Value) -> Value:
     widths = text.Concat(common.unsqueeze(1), (longest - common).unsqueeze(1), axis=1)
     query_blocks, first_heads = steps.rows // lists, steps.rows % lists * heads
     last_block = blocks.k.size(0) - text.ints(1)
+    pieces = blocks.by_list(heads).take(steps.rows)
     no_value = text.real(0).expand(steps.alike, 1, call.value_dim)
 
     def step(at: Value) -> Value:
-        some = q.take(steps.rows.take(at))
+        some = blocks.q_of_heads.take(pieces.take(at)).reshape(0, rows, call.dim)
         places = steps.part(steps.starts.take(at), steps.counts.take(at), longest.take(at))
         width, some_places = widths.take(at), text.Min(places, last_block)
         open_places, other_places = text.Split(some_places, width, axis=1, outputs=2)
@@ -111,4 +111,6 @@ def attend(blocks: Blocks, kept: Value, heads: Value) -> Value:
         sees = text.ReduceMax(joined, text.ints(2), keepdims=1) > text.real(GHOST)
         return mixed * sees.to(FLOAT)
 
-    return blocks.by_row(steps.each(step))
+    found, place = steps.each(step)
+    return blocks.by_row(found.reshape(-1, QUERY_BLOCK, call.value_dim), place.unsqueeze(1) * heads
+                         + text.range(heads.scalar()))

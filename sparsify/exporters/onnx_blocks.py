@@ -10,7 +10,8 @@ from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK
 
 
 class Blocks:
-    """A call in blocks. Query blocks of heads lie in the order (batch, KV head, query block, head of the group).
+    """A call in blocks. Tables and lists of query blocks of heads have the order of blocks: (batch, KV head, query
+    block, head of the group). `q_of_heads` lies as q does; lists take from it by number (`by_list`).
 
     Tables of masks hold the key blocks of one batch row behind those of another. A mask of one row serves all.
     """
@@ -26,9 +27,7 @@ class Blocks:
         self.kept_shape = text.shape(call.batch, call.kv_heads, self.q_blocks, call.group, self.k_blocks)
         self.group, self.kv_heads = call.group.scalar(), call.kv_heads.scalar()
 
-        q = self.padded_rows(call.q, axis=2).reshape(call.batch, call.kv_heads, call.group, self.q_blocks,
-                                                      QUERY_BLOCK, call.dim)
-        self.q = text.Transpose(q, perm=[0, 1, 3, 2, 4, 5]).reshape(-1, QUERY_BLOCK, call.dim)
+        self.q_of_heads = self.padded_rows(call.q, axis=2).reshape(-1, QUERY_BLOCK, call.dim)
         self.k = self.padded_keys(call.k, axis=2).reshape(-1, KEY_BLOCK, call.dim)
         self.v = self.padded_keys(call.v, axis=2).reshape(-1, KEY_BLOCK, call.value_dim)
         self._find_pairs()
@@ -190,9 +189,24 @@ class Blocks:
         mask = self.padded_keys(mask, axis=3).reshape(0, 0, 0, -1, KEY_BLOCK)
         return mask.take((places % self.k_count).reshape(-1), axis=3)
 
-    def by_row(self, out: Value) -> Value:
-        """[B, H, L, Dv] of what query blocks of heads have."""
+    def by_list(self, heads: Value) -> Value:
+        """Which of `q_of_heads` a list of `heads` [1] heads has: int64 [lists, heads], lists in the order of blocks."""
         text, call = self.text, self.call
-        out = out.reshape(call.batch, call.kv_heads, self.q_blocks, call.group, QUERY_BLOCK, call.value_dim)
-        out = text.Transpose(out, perm=[0, 1, 3, 2, 4, 5]).reshape(call.batch, call.heads, self.rows, call.value_dim)
-        return call.cleared(out.slice(text.ints(0), call.rows, axis=2))
+        pieces = text.range((call.batch * call.heads * self.q_blocks).scalar())
+        pieces = pieces.reshape(call.batch, call.kv_heads, call.group, self.q_blocks)
+        return text.Transpose(pieces, perm=[0, 1, 3, 2]).reshape(-1, heads)
+
+    def by_row(self, pieces: Value, place: Value) -> Value:
+        """float [B, H, L, Dv] of what query blocks of heads have, in any order: [all, QUERY_BLOCK, Dv].
+
+        place: where that of each query block is, int64 with all of them, in the order of blocks
+        """
+        text, call = self.text, self.call
+        place = place.reshape(call.batch, call.kv_heads, self.q_blocks, call.group)
+        return self.joined(pieces.take(text.Transpose(place, perm=[0, 1, 3, 2]).reshape(-1)))
+
+    def joined(self, out: Value) -> Value:
+        """The same of what they have head by head."""
+        call = self.call
+        out = out.reshape(call.batch, call.heads, self.rows, call.value_dim)
+        return call.cleared(out.slice(self.text.ints(0), call.rows, axis=2))

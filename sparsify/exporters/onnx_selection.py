@@ -29,7 +29,7 @@ class Selection(Blocks):
         text, call = self.text, self.call
         estimate = Estimate(Summaries(self, singles))
         all_rows, vectors = call.group * text.ints(QUERY_BLOCK), (singles + text.integer(1)).unsqueeze(0)
-        q, last_block = self.q.reshape(-1, all_rows, call.dim), self.k.size(0) - text.ints(1)
+        last_block = self.k.size(0) - text.ints(1)
         ghosts = self.ghosts.reshape(-1, all_rows, 1)
         pairs = text.shape(call.batch, call.kv_heads, self.q_blocks, self.k_blocks)
 
@@ -43,11 +43,11 @@ class Selection(Blocks):
         widths = [many_whole.unsqueeze(1) * vectors, text.ints(1).expand(steps.steps, 1)]
         if edge is not None:
             widths.insert(1, many_cut.unsqueeze(1) * text.ints(KEY_BLOCK))
-        widths_of_steps = text.Concat(*widths, axis=1)
+        widths_of_steps, pieces = text.Concat(*widths, axis=1), self.by_list(call.group).take(steps.rows)
 
         def step(at: Value) -> Value:
             rows, starts, wholes = steps.rows.take(at), steps.starts.take(at), steps.firsts.take(at)
-            some = q.take(rows)
+            some = self.q_of_heads.take(pieces.take(at)).reshape(0, all_rows, call.dim)
             blocks = steps.part(starts, wholes, many_whole.take(at))
             columns = [*estimate.scores(some, blocks, rows), ghosts.take(rows)]
             if edge is not None:
@@ -67,7 +67,8 @@ class Selection(Blocks):
             none = text.real(0).expand(steps.alike, call.group, self.k_blocks)
             return text.ScatterElements(none, place, most, axis=2, reduction="max")
 
-        return steps.each(step)
+        found, place = steps.each(step)
+        return found.take(place)
 
     def keep(self, peaks: Value, bucket: Value, tolerance: Value) -> Value:
         """The rule itself."""

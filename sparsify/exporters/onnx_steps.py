@@ -56,12 +56,13 @@ class Steps:
         """int64 [steps] of [steps, G, 1]: the most of each step, at least 1."""
         return self.text.Max(self.text.ReduceMax(counts, self.text.ints(1, 2), keepdims=0), self.text.ints(1))
 
-    def each(self, step: Callable[[Value], Value]) -> Value:
-        """What `step` makes of the number of a step, a tensor [G, ...], for all rows in their order."""
+    def each(self, step: Callable[[Value], Value]) -> tuple[Value, Value]:
+        """What `step` makes of the number of a step, a tensor [G, ...], one behind the other, and where every row is
+        in them: int64 [rows]."""
         text = self.text
         found = text.loop(self.steps.scalar(), step)  # [steps, G, ...]
         found = text.Reshape(found, text.Concat(text.ints(-1), text.Shape(found, start=2), axis=0))
-        return found.take(text.ScatterElements(self._order, self._order, text.range(self._count.scalar()), axis=0))
+        return found, text.ScatterElements(self._order, self._order, text.range(self._count.scalar()), axis=0)
 
     def part(self, starts: Value, counts: Value, length: Value) -> Value:
         """`length` entries of lists from `starts` [G, 1] on, int64 [G, length]: places of blocks among those of all KV

@@ -39,6 +39,8 @@ class _Batched(Selection):
     def __init__(self, call: Call, room: int) -> None:
         super().__init__(call)
         self.room = self.text.Min(self.text.ints(room), self.k_blocks)
+        q = self.q_of_heads.reshape(call.batch, call.kv_heads, call.group, self.q_blocks, QUERY_BLOCK, call.dim)
+        self.q = self.text.Transpose(q, perm=[0, 1, 3, 2, 4, 5]).reshape(-1, QUERY_BLOCK, call.dim)
 
     def out(self) -> Value:
         """float [B, H, L, Dv]."""
@@ -67,7 +69,9 @@ class _Batched(Selection):
         scores = scores + bias
         mixed = text.MatMul(text.Softmax(scores, axis=-1), values)
         sees = text.ReduceMax(scores, text.ints(-1), keepdims=1) > text.real(HIDDEN / 2)
-        return self.by_row(mixed * sees.to(FLOAT))
+        out = (mixed * sees.to(FLOAT)).reshape(call.batch, call.kv_heads, self.q_blocks, call.group, QUERY_BLOCK,
+                                               call.value_dim)
+        return self.joined(text.Transpose(out, perm=[0, 1, 3, 2, 4, 5]))
 
     def _first_blocks(self) -> Value:
         """Where the key blocks of each KV head begin: int64 [B, Hkv, 1]."""
