@@ -36,6 +36,7 @@ LONG = 16384
 DENSE_LENGTHS = (256, 512, 1024, 2048, 4095)  # the default plan is dense below 4096
 QUERIES_PER_ROW = 4
 THREADS = 2
+ROUNDS = 8
 
 RIVALS = {
     "GroupQueryAttention": """<domain: "sparsify", opset_import: ["": 23, "com.microsoft": 1]>
@@ -92,7 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(Side(loaded.model), Path(folder))
         runs = {name: as_call(file) for name, file in files.items()}
-        results["lengths"] = {length: _times(runs, text[:length][None]) for length in (*DENSE_LENGTHS, LONG)}
+        results["lengths"] = _times(runs, text)
         if not options.quick:
             quality = Quality()
             for start in range(0, 4 * LONG, LONG):
@@ -141,25 +142,31 @@ def _session(file: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it takes time from the next file's call
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def _times(runs: dict[str, Run], ids: Tensor) -> dict[str, float]:
-    """Least milliseconds of each file, in turns, every second turn in reverse order: others on the machine only add."""
-    length = ids.shape[1]
+def _times(runs: dict[str, Run], text: Tensor) -> dict[int, dict[str, float]]:
+    """Least milliseconds of each file at each length: others on the machine only add.
+
+    Calls in turns, every second turn in reverse order, in rounds over all lengths: nobody disturbs a length alone.
+    """
     # `Attention` makes all scores at once: gigabytes beyond some length, and slower than the other long before.
-    names = [name for name in runs if length <= 8192 or name != "Attention"]
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
-        runs[name](ids)
-    for turn in range(5 if length > 8192 else 15):
-        for name in names if turn % 2 == 0 else names[::-1]:
-            start = time.perf_counter()
-            runs[name](ids)
-            taken[name].append(1e3 * (time.perf_counter() - start))
-    times = {name: min(x) for name, x in taken.items()}
-    print(f"{length}: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items()), flush=True)
-    return times
+    least = {length: dict.fromkeys((name for name in runs if length <= 8192 or name != "Attention"), math.inf)
+             for length in (*DENSE_LENGTHS, LONG)}
+    for _ in range(ROUNDS):
+        for length, times in least.items():
+            ids, names = text[:length][None], list(times)
+            for name in names:
+                runs[name](ids)
+            for turn in range(max(1, 4096 // length)):
+                for name in names if turn % 2 == 0 else names[::-1]:
+                    start = time.perf_counter()
+                    runs[name](ids)
+                    times[name] = min(times[name], 1e3 * (time.perf_counter() - start))
+    for length, times in least.items():
+        print(f"{length}: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items()), flush=True)
+    return least
 
 
 def _memory(file: Path, length: int) -> float:

@@ -160,7 +160,11 @@ class Text:
         return Value(self, result)
 
     def loop(self, count: Value, step: Callable[[Value], Value]) -> Value:
-        """Loop: the tensors that `step` makes of 0, 1, ... count - 1, stacked along a new first axis."""
+        """Loop: the tensors that `step` makes of 0, 1, ... count - 1, stacked along a new first axis.
+
+        Nodes of `step` that depend on no number of a step are written before the loop.
+        """
+        first, before = len(self._lines), self._count
         result, at = self._name(), self._name()
         # onnxruntime wants trip count and condition.
         self._always(f"{result} = Loop({count.name}, {self.true().name}) <body = {result}_body "
@@ -168,7 +172,20 @@ class Text:
         self._always(f"{at}_on = Identity({at}_go)")
         self._body(lambda: step(Value(self, at)), f"{at}_out")
         self._always("}>")
+        self._hoist(first, {f"t{number + 1}" for number in range(before, self._count)})
         return Value(self, result)
+
+    def _hoist(self, first: int, changing: set[str]) -> None:
+        """Move what is the same in every step of the loop that begins at line `first` before it: a node costs time in
+        every step, and runtimes leave it there. `changing`: all names of the loop."""
+        still, moved = [], []
+        for line in self._lines[first:]:
+            if line.outputs and not changing.intersection(line.inputs):
+                changing.difference_update(line.outputs)
+                moved.append(line)
+            else:
+                still.append(line)
+        self._lines[first:] = moved + still
 
     def function(self, domain: str, name: str, opset: int, inputs: Sequence[str], attributes: Sequence[str],
                  output: Value) -> str:

@@ -4,7 +4,7 @@ TensorRT parses loops and branches and cannot build them around a selection (mea
 dense bucket makes all scores at once, which TensorRT fuses by itself, and a sparse one selects for all query blocks
 together and gathers for each head the `room` key blocks of the largest peaks, those that are not kept hidden:
 
-    peaks    as in onnx_attention.py, all query blocks in one product
+    peaks    as in onnx_selection.py, all query blocks in one product
     ids      [B, Hkv, query blocks, group, room]: forced blocks first, then by peak
     out      softmax over room * KEY_BLOCK keys a query block
 
@@ -12,7 +12,8 @@ A query block that keeps more than `room` blocks loses those of the least peaks;
 Known to this body: causality, a key mask, shifts, protected keys. Sites with more are dense in all files.
 """
 
-from sparsify.exporters.onnx_attention import DOMAIN, HIDDEN, NOWHERE, PLAN, Blocks, Call, Kind, Summaries
+from sparsify.exporters.onnx_call import DOMAIN, HIDDEN, NOWHERE, PLAN, Call, Kind
+from sparsify.exporters.onnx_selection import Selection, Summaries
 from sparsify.exporters.onnx_text import FLOAT, Text, Value
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK
 
@@ -34,20 +35,22 @@ def function_text(kind: Kind, opset: int, room: int) -> str:
     return text.function(DOMAIN, kind.name, opset, ("q", "k", "v", *kind.inputs), kind.attributes, out)
 
 
-class _Batched(Blocks):
+class _Batched(Selection):
     def __init__(self, call: Call, room: int) -> None:
         super().__init__(call)
         self.room = self.text.Min(self.text.ints(room), self.k_blocks)
+        q = self.q_of_heads.reshape(call.batch, call.kv_heads, call.group, self.q_blocks, QUERY_BLOCK, call.dim)
+        self.q = self.text.Transpose(q, perm=[0, 1, 3, 2, 4, 5]).reshape(-1, QUERY_BLOCK, call.dim)
 
     def out(self) -> Value:
         """float [B, H, L, Dv]."""
         text, call = self.text, self.call
         bucket = call.bucket
         peaks = self._all_peaks(text.attribute("singles", PLAN["singles"]).take(bucket))
-        kept = self._evened(self._keep(peaks, bucket, call.tolerance), peaks, last=0)  # TensorRT knows no other
+        kept = self.evened(self.keep(peaks, bucket, call.tolerance), peaks, last=0)  # TensorRT knows no other
         # A forced block goes before all others, a block that is not kept behind them.
         sinks, local = (text.attribute(name, PLAN[name]).take(bucket) for name in ("sinks", "local"))
-        rank = text.Where(kept, text.Where(self._forced(sinks, local), text.real(2), peaks), text.real(-1))
+        rank = text.Where(kept, text.Where(self.forced(sinks, local), text.real(2), peaks), text.real(-1))
         best, ids = text.TopK(rank, self.room, axis=-1, largest=1, sorted=1, outputs=2)
         places = ids + self._first_blocks().unsqueeze(2, 3)  # [B, Hkv, query blocks, group, room]
         keys = self.k.take(places).reshape(-1, self.room * text.ints(KEY_BLOCK), call.dim)
@@ -66,7 +69,9 @@ class _Batched(Blocks):
         scores = scores + bias
         mixed = text.MatMul(text.Softmax(scores, axis=-1), values)
         sees = text.ReduceMax(scores, text.ints(-1), keepdims=1) > text.real(HIDDEN / 2)
-        return self.by_row(mixed * sees.to(FLOAT))
+        out = (mixed * sees.to(FLOAT)).reshape(call.batch, call.kv_heads, self.q_blocks, call.group, QUERY_BLOCK,
+                                               call.value_dim)
+        return self.joined(text.Transpose(out, perm=[0, 1, 3, 2, 4, 5]))
 
     def _first_blocks(self) -> Value:
         """Where the key blocks of each KV head begin: int64 [B, Hkv, 1]."""

@@ -17,6 +17,7 @@ from tests.ops.cases import EXTRAS, MASKS, Case
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
+from sparsify.exporters import onnx_steps  # noqa: E402
 from sparsify.exporters.onnx_attention import DOMAIN, OPSETS, Kind, function_text, selection_text  # noqa: E402
 
 TYPES = {torch.float32: "float", torch.float16: "float16", torch.bool: "bool", torch.int32: "int32",
@@ -147,6 +148,33 @@ def test_half_precision_is_computed_in_float32(rng):
     out = run(half, kind_of(half))
     assert out.dtype == torch.float16
     assert torch.equal(out, run(half.to(torch.float32), kind_of(half)).half())
+
+
+@pytest.mark.parametrize("shared", [1, 1 << 30])  # a list a step; all of them, padded to the longest
+@pytest.mark.parametrize("shape", [(700, 900, 200, "left"), (500, 500, None, "right"),
+                                   (300, 500, 200, None, ("sinks",))], ids=str)
+def test_how_many_lists_share_a_step_changes_nothing(shape, shared, rng, monkeypatch):
+    case = Case.random(rng, torch.device("cpu"), *shape)
+    kind = kind_of(case)
+    usual, kept, dense = run(case, kind), run(case, kind, selection_text), {**TABLE, "edges": [901]}
+    usual_dense = run(case, kind, table=dense)
+    monkeypatch.setattr(onnx_steps, "SHARED", shared)
+    monkeypatch.setattr(onnx_steps, "MOST", shared)
+    ties = near_ties(case)
+    assert torch.equal(run(case, kind, selection_text) | ties, kept | ties)
+    torch.testing.assert_close(run(case, kind, table=dense), usual_dense, rtol=1e-5, atol=1e-5)
+    if not ties.any():
+        torch.testing.assert_close(run(case, kind), usual, rtol=1e-5, atol=1e-5)
+    assert not kept.all() and float((usual - usual_dense).abs().max()) > 1e-4  # the twin: lists differ in length
+
+
+@pytest.mark.parametrize("edge", [1, 1000], ids=["sparse", "dense"])
+def test_where_no_key_is_visible_at_all_the_output_is_zero(edge, rng):
+    case = Case.random(rng, torch.device("cpu"), 300, 600, None, "left")
+    table = {**TABLE, "edges": [edge]}
+    assert run(case, kind_of(case), table=table).abs().amax((1, 2, 3)).min() > 0  # the twin
+    case.masks.key_mask.zero_()
+    assert torch.equal(run(case, kind_of(case), table=table), torch.zeros_like(case.q))
 
 
 def test_only_standard_operators(rng):
