@@ -341,7 +341,7 @@ def _estimate_masked_peaks(q, k, key_mask, kinds, bias, singles, mean, variance,
 
 
 @triton.jit
-def _judge_blocks(start, seen, peaks, single_count, rest_count, kinds, protected, row, batch, first_row,
+def _judge_blocks(start, seen, peaks, single_count, rest_count, kinds, guarded, row, batch, first_row,
                   stride_count_batch, stride_protected_batch, key_blocks, L, offset, sinks, local, ROWS: tl.constexpr,
                   BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
                   PROTECTED: tl.constexpr):
@@ -365,14 +365,14 @@ def _judge_blocks(start, seen, peaks, single_count, rest_count, kinds, protected
     forced = seen + tl.cumsum(allowed.to(tl.int32), 0) <= sinks
     forced |= (blocks >= boundary - local) & (boundary < key_blocks)
     if PROTECTED:
-        forced |= tl.load(protected + batch.to(tl.int64) * stride_protected_batch + blocks, inside, other=0) != 0
+        forced |= tl.load(guarded + batch.to(tl.int64) * stride_protected_batch + blocks, inside, other=0) != 0
     return blocks, peak, allowed, forced, seen + tl.sum(allowed.to(tl.int32), 0)
 
 
 @launched
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "list_capacity", "H", "L", "offset", "sinks", "local",
                                "tolerance", "max_density"])
-def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts, stride_count_batch,
+def _pack_lists(peaks, single_count, rest_count, kinds, guarded, kept, counts, stride_count_batch,
                 stride_kinds_batch, stride_protected_batch, query_blocks, key_blocks, list_capacity, H, L, offset,
                 tolerance, shifts, max_density, sinks, local,
                 ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr,
@@ -399,7 +399,7 @@ def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts,
     chosen = -1
     for start in range(0, key_blocks, WIDTH):
         blocks, peak, allowed, forced, total = _judge_blocks(
-            start, total, peaks, single_count, rest_count, kinds, protected, row, batch, first_row, stride_count_batch,
+            start, total, peaks, single_count, rest_count, kinds, guarded, row, batch, first_row, stride_count_batch,
             stride_protected_batch, key_blocks, L, offset, sinks, local, ROWS, BLOCK, WIDTH, PLAIN, HAS_KEY_MASK,
             PROTECTED)
         keep = allowed & (forced | (peak >= threshold))
@@ -421,7 +421,7 @@ def _pack_lists(peaks, single_count, rest_count, kinds, protected, kept, counts,
     count = 0
     for start in range(0, key_blocks, WIDTH):
         blocks, peak, allowed, forced, total = _judge_blocks(
-            start, total, peaks, single_count, rest_count, kinds, protected, row, batch, first_row, stride_count_batch,
+            start, total, peaks, single_count, rest_count, kinds, guarded, row, batch, first_row, stride_count_batch,
             stride_protected_batch, key_blocks, L, offset, sinks, local, ROWS, BLOCK, WIDTH, PLAIN, HAS_KEY_MASK,
             PROTECTED)
         keep = (allowed & (forced | (peak >= threshold))) | (blocks == chosen)

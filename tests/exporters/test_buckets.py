@@ -142,6 +142,11 @@ COMPILED = """
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from triton.compiler import ASTSource
 
+WORDS = set("and auto bool break case catch char class const default delete do double else enum explicit export extern "
+            "float for friend goto if inline int long new not operator or private protected public register return "
+            "short signed static struct switch template this throw try typedef union unsigned using virtual void "
+            "volatile while xor".split())
+
 def describe(x, size):
     if isinstance(x, torch.Tensor):
         return {torch.int32: "*i32", torch.bool: "*i1", torch.float32: "*fp32", torch.bfloat16: "*bf16",
@@ -155,6 +160,7 @@ for node in graph.graph.find_nodes(op="call_function", target=torch.ops.higher_o
     given = {name: x.meta["val"] if isinstance(x, torch.fx.Node) else x for name, x in given.items()}
     autotuner = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
     kernel, config = autotuner.fn, autotuner.configs[0]
+    assert not WORDS & set(kernel.arg_names), "names of arguments become names in C++"
     for size in ("i32", "i64"):
         kinds = {parameter.name: "constexpr" if parameter.is_constexpr else describe(given[parameter.name], size)
                  for parameter in kernel.params}
@@ -189,7 +195,9 @@ def test_the_op_opens_into_kernels_without_a_guard():
 
 @ON_CPU
 def test_the_kernels_compile_with_the_types_that_inductor_gives_their_arguments():
-    """Numbers with 64 bits, ones as constants, lengths with 32 or 64 bits; Triton's own launches have 32 bits alone."""
+    """Numbers with 64 bits, ones as constants, lengths with 32 or 64 bits; Triton's own launches have 32 bits alone.
+    And their arguments have names that C++ takes.
+    """
     kernels = ("_summarise_keys", "_estimate_peaks", "_pack_lists", "_block_sparse_attention")
     expected = [f"{kernel} {size} True" for kernel in kernels for size in ("i32", "i64")]
     assert _told_by(OPENED + COMPILED)[-8:] == expected
