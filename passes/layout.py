@@ -185,11 +185,9 @@ def _layout(chain: Chain, key: Operand, values: Operand) -> Layout:
     kv_heads: Group = common[with_common[-1]] if with_common else ()
     if with_common == [0]:  # heads folded into the batch, or no heads: unless each has a sink logit of its own
         sink = chain.state.sink
-        alone_is_batch = not (isinstance(sink, Operand) and set(kv_heads) & set(flat(sink.dims)))
-        if len(kv_heads) > 1:
+        varies = set(flat(resolve(sink.dims))) if isinstance(sink, Operand) else set()
+        if kv_heads[0] not in varies:
             batch, kv_heads = kv_heads[:1], kv_heads[1:]
-        elif alone_is_batch:
-            batch, kv_heads = kv_heads, ()
     dim = leaves(chain.dim)
     rest = {*keys, *(a for group in rows for a in group)}
     value_dim = tuple(a for group in resolve(chain.output.dims) for a in group if a not in rest)

@@ -364,6 +364,13 @@ def test_random_programs(program):
     check(program)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_folded_into_the_batch_have_sinks_of_their_own(batch):
+    """Scaled behind the repeat, keys vary along both parts of the heads, and a batch of one leaves no axis."""
+    check(Program("folded", "key", "none", "-inf", "masked_fill", "sink", False, False, "repeat_interleave",
+                  torch.float32, batch, 4, 2, 5, 0, 8, 0))
+
+
 @settings(SETTINGS, max_examples=10)  # symbolic lengths cost Dynamo ten times as much
 @given(programs())
 def test_random_programs_of_any_length(program):
