@@ -39,7 +39,7 @@ def _gather_facts(shown, ids, facts, length, blocks, stride_batch, stride_shown,
 
 
 def block_facts(shown: Tensor | None, ids: Tensor | None, length: int, block: int, room: int,
-           placeholder: Tensor) -> tuple[Tensor, int]:
+                placeholder: Tensor) -> tuple[Tensor, int]:
     """Launch `_gather_facts` for `room` blocks: int64 [batch rows, room, 3], and its first stride, 0 if one row serves
     all; the placeholder without a key mask `shown` and without documents `ids`."""
     present = [x for x in (shown, ids) if x is not None]

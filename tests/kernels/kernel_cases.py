@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,6 +11,9 @@ from sparsify.kernels import blocks, oracle, rule
 from sparsify.kernels.masks import Masks
 from tests.numerics import assert_as_good_as_torch, attention_units
 from tests.ops.cases import draw_extras
+
+on_hopper = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+                               reason="needs a Hopper GPU")
 
 RULE = {"sinks": 1, "local": 1}
 

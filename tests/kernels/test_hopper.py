@@ -9,6 +9,7 @@ from kernel_cases import (
     assert_attention_is_right,
     assert_hidden_keys_do_not_matter,
     draw_masks,
+    on_hopper,
     qkv,
 )
 
@@ -16,8 +17,6 @@ from sparsify.kernels.hopper import attention, block_sparse_attention
 from sparsify.kernels.hopper_coverage import why_not
 from sparsify.kernels.masks import Masks
 
-on_hopper = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-                               reason="needs a Hopper GPU")
 CASES = [
     Case(1, 4, 1, 1024, 1024, 128, 128, 0),
     Case(2, 4, 2, 1000, 1000, 128, 128, 0),  # ragged ends: no row of another head may leak in

@@ -7,6 +7,7 @@ from kernel_cases import (
     assert_attention_is_right,
     assert_hidden_keys_do_not_matter,
     draw_masks,
+    on_hopper,
     qkv,
     random_lists,
 )
@@ -16,8 +17,6 @@ from sparsify.kernels.hopper_coverage import why_not
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E
 
-on_hopper = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-                               reason="needs a Hopper GPU")
 PROGRAMS = 128 if torch.cuda.is_available() else 32  # multiprocessors that the launchers are told of
 SMALL = [
     Case(1, 2, 1, 200, 300, 40, 24, 100),  # odd dims, prefix, ragged last block
