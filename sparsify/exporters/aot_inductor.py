@@ -13,6 +13,7 @@ On CUDA there is a model for each bucket in the package (buckets.py): "model" fo
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch.export.pt2_archive._package import load_pt2, package_pt2
 
 from sparsify.errors import ExportError
 from sparsify.exporters.archive import check_whole, read_contents
-from sparsify.exporters.capture import Captured
+from sparsify.exporters.capture import PLANNED, Captured
 from sparsify.exporters.contents import NAME, Contents
 from sparsify.exporters.formats import Runner
 from sparsify.kernels import native
@@ -61,8 +62,10 @@ def write(captured: Captured, path: Path) -> list[str]:
     else:
         from sparsify.exporters.buckets import needs_sparsify, program_for  # Triton: only here
 
+        differ = bool(captured.program.graph.find_nodes(op="call_function", target=PLANNED))
+        buckets = captured.buckets if captured.buckets and differ else (None,)
         models = {_name(i): _compile(captured, program_for(captured, bucket), {"aot_inductor.package": True})
-                  for i, bucket in enumerate(captured.buckets or (None,))}
+                  for i, bucket in enumerate(buckets)}
         notes = [f"{len(models)} models are in the file, one for each bucket, and weights are in each: "
                  f"{', '.join(models)}",
                  "attention in sparse buckets runs on plain Triton kernels: AOTInductor takes no Gluon kernels, which "
@@ -85,7 +88,22 @@ def _compile(captured: Captured, program: ExportedProgram, options: dict[str, An
         files = torch._inductor.aot_compile(program.module(check_guards=False), captured.args, dict(captured.kwargs),
                                             options=options)
     assert isinstance(files, list)  # as a package is asked for
+    for file in files:
+        _check_linked(file)
     return files
+
+
+def _check_linked(file: Any) -> None:
+    """Raise ExportError for a library with a C++ runtime of its own inside: torch's objects in it end the process.
+
+    GCC links libstdc++.a without a word where the link libstdc++.so is missing; the first std::locale then crashes.
+    """
+    if sys.platform != "linux" or not str(file).endswith(".so"):
+        return
+    if not any(name in Path(file).read_bytes() for name in (b"libstdc++.so", b"libc++.so")):
+        raise ExportError(f"the C++ compiler {os.environ.get('CXX', 'g++')!r} links a C++ runtime of its own into "
+                          "libraries, and a package with one crashes as it is loaded: it finds no shared libstdc++. "
+                          "Install the compiler's development files of libstdc++, or name another by CXX.")
 
 
 @contextlib.contextmanager
