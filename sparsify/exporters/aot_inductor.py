@@ -7,8 +7,9 @@ On a CPU the ops of the graph are C functions: AOTInductor writes calls of them 
 package, so a package is as fast as the compiled model, and the table of buckets is looked up inside. Like all code that
 Inductor makes for a CPU, it is for processors like the one it was compiled on.
 
-On CUDA there is a model for each bucket in the package (buckets.py): "model" for the first, "model_bucket1" and so on.
-`load` takes the one of each call; elsewhere whoever loads the package does, by the buckets in its sparsify.json.
+On CUDA there is a model for each bucket in the package (buckets.py): "bucket00" for the first, "bucket01" and so on.
+`load` takes the one of each call; elsewhere whoever loads the package does, by the buckets in its sparsify.json. No
+name begins another: torch 2.11 takes all files whose path begins with the name, so "model" would run "model_bucket1".
 """
 
 import contextlib
@@ -56,7 +57,7 @@ def write(captured: Captured, path: Path) -> list[str]:
     contents = Contents.of(captured, "aot_inductor")
     if not _is_on_cuda(captured):
         with _shims() as options:
-            models = {_name(0): _compile(captured, captured.program, options)}
+            models = {_name(0, 1): _compile(captured, captured.program, options)}
         contents = replace(contents, processor=tuple(sorted(native.instructions())))
         notes = ["compiled for this kind of processor; it needs torch to run, and nothing of sparsify"]
     else:
@@ -64,19 +65,20 @@ def write(captured: Captured, path: Path) -> list[str]:
 
         differ = bool(captured.program.graph.find_nodes(op="call_function", target=PLANNED))
         buckets = captured.buckets if captured.buckets and differ else (None,)
-        models = {_name(i): _compile(captured, program_for(captured, bucket), {"aot_inductor.package": True})
+        models = {_name(i, len(buckets)): _compile(captured, program_for(captured, bucket),
+                                                   {"aot_inductor.package": True})
                   for i, bucket in enumerate(buckets)}
         notes = [f"{len(models)} models are in the file, one for each bucket, and weights are in each: "
-                 f"{', '.join(models)}",
+                 f"{', '.join(models)}" if len(models) > 1 else "one model is in the file",
                  "attention in sparse buckets runs on plain Triton kernels: AOTInductor takes no Gluon kernels, which "
                  "the compiled model has on Hopper", *needs_sparsify(captured)]
     package_pt2(str(path), aoti_files=models, extra_files={NAME: contents.to_json()})
     return notes
 
 
-def _name(bucket: int) -> str:
-    """Of the models in a package: one, or one for each bucket. The first is the one that torch takes by itself."""
-    return "model" if bucket == 0 else f"model_bucket{bucket}"
+def _name(bucket: int, buckets: int) -> str:
+    """Of the models in a package: one, which torch takes by itself, or one for each bucket."""
+    return "model" if buckets == 1 else f"bucket{bucket:02}"
 
 
 def _is_on_cuda(captured: Captured) -> bool:
@@ -143,7 +145,7 @@ def load(path: Path) -> Runner:
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
         place = contents.bucket_of(args, kwargs) if ends else 0
-        model = models[_name(place if len(models) > 1 else 0)]
+        model = models[_name(place, len(models))]
         return [x for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
 
     return run

@@ -215,7 +215,7 @@ def test_a_package_for_cuda_runs_without_sparsify(tmp_path):
     torch.save(x, tmp_path / "x")
     code = ("import sys, torch\n"
             "from torch._inductor.package import load_package\n"
-            "out = load_package(sys.argv[1], 'model_bucket2')(torch.load(sys.argv[2]))\n"
+            "out = load_package(sys.argv[1], 'bucket02')(torch.load(sys.argv[2]))\n"
             "assert 'sparsify' not in sys.modules\n"
             "torch.save(out, sys.argv[3])")
     subprocess.run([sys.executable, "-I", "-c", code, str(path), str(tmp_path / "x"), str(tmp_path / "out")],
