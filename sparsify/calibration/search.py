@@ -5,8 +5,9 @@ For each length, ascending, on windows of that length:
               two points log error is linear in log tolerance. Aimed at is the mean whose bound would just pass
 2. vary       singles, local blocks, dense sites: taken only if documents that did not propose it confirm, with
               confidence, less error at equal time
-3. judge      on held-out documents, from the safe end up: the largest tolerance that passes, as do all below it that
-              were tried (a fixed sequence of tests, so that trying several does not spend confidence)
+3. judge      on held-out documents: the largest tolerance that passes, as do all below it that were tried; on a GPU
+              by bisection, so that max_error is used up. Errors grow with the tolerance, so it is the one that a fixed
+              sequence of tests from the safe end up would end at, and trying several does not spend confidence
 4. gain       dense where less than 3 % of attention's time is saved here
 5. promise    when all buckets stand: what each may promise of missed peaks, see promises.py
 
@@ -14,12 +15,13 @@ A bucket reaches from half its length to its length; what lies between buckets a
 longest the last budget holds: nothing is more sparse than documents of its own length allow.
 """
 
+import itertools
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, inf, log, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -50,8 +52,13 @@ from sparsify.plan import DEFAULT_TOLERANCE, Bucket, Budget, Gate, Plan, graph_h
 
 GRID = tuple(float(f"{0.0025 * 2 ** (i / 2):.3g}") for i in range(15))
 """Tolerances, two a doubling: 0.0025 to 0.32."""
-LADDERS = ((1.0, 2 ** -0.25, 2 ** -0.5), (2 ** -1.0, 2 ** -1.5, 2 ** -2.0))
-"""What is judged, as factors on the chosen tolerance; the second only if nothing in the first passes."""
+LADDERS = ((2 ** -0.25, 1.0, 2 ** 0.25), (2 ** -0.5,), (2 ** -1.0, 2 ** -1.5, 2 ** -2.0))
+"""What is judged, as factors on the chosen tolerance; each only if nothing passes in the one before."""
+RAISE = 2 ** 0.25
+"""What is judged next where all pass, as a factor on the largest."""
+RAISES, BISECTIONS = {"cpu": 0, "cuda": 2}, {"cpu": 0, "cuda": 2}
+"""How often the largest that passes is raised, and then what lies between it and one that fails is halved. A time of it
+is two runs a held-out document: minutes on a CPU."""
 STEEPNESS = 1.5  # of log error over log tolerance, where no two points tell; the shipped model has 2.4 (0.03 to 0.04)
 SCATTER = 0.5  # standard deviation over mean between documents, where there are too few to tell
 VARIANT_SINGLES = (2, 12)
@@ -131,6 +138,13 @@ class _Choice:
     tried: Mapping[str, float]
 
 
+class _Judged(NamedTuple):
+    """What held-out documents say of one budget."""
+
+    verdict: Judgement
+    densities: dict[int, float]
+
+
 class _Search:
     """The search of one calibration.
 
@@ -153,7 +167,8 @@ class _Search:
         first = lengths[0].shares.choosers[0]
         self.facts = self.runs.about(first)
         self.check_loss = self.facts.metric == "kl" and self.facts.causal
-        planned = [7 * len(x.shares.choosers) + 5 * len(x.shares.judges) for x in lengths]
+        judging = 5 + 2 * BISECTIONS[self.device.type]
+        planned = [7 * len(x.shares.choosers) + judging * len(x.shares.judges) for x in lengths]
         self.tell = Progress(self.say, [x.length for x in lengths], planned, self.runs.seconds)
         for place, length in enumerate(lengths):
             self.tell.enter(place)
@@ -240,8 +255,8 @@ class _Search:
                               "next to nothing can be dropped: not judged on held-out documents")
         if gain(calls, densities, _budgets(calls, Budget(most), {})) < LEAST_GAIN:  # other machines may: one rung
             plain = _Choice(Budget(_rounded(tolerance)), {}, {})
-            return self._judge(length, plain, (LADDERS[0][-1:], *LADDERS[1:]))
-        return self._judge(length, self._vary(length, points, nearest, tolerance, steepness), LADDERS)
+            return self._judge(length, plain, LADDERS[1:], refine=False)
+        return self._judge(length, self._vary(length, points, nearest, tolerance, steepness), LADDERS, refine=True)
 
     def _walk(self, length: _Length, choosers: Sequence[Window]) -> dict[float, list[Result]]:
         """Results of every chooser at the grid points around the tolerance where the mean error meets max_error."""
@@ -338,38 +353,56 @@ class _Search:
             found["sites without gain dense"] = budget, dict.fromkeys(idle, dense)
         return {name: x for name, x in found.items() if name not in self.lost and (len(sites) > 1 or not x[1])}
 
-    def _judge(self, length: _Length, choice: _Choice, ladders: Sequence[Sequence[float]]) -> Gate:
+    def _judge(self, length: _Length, choice: _Choice, ladders: Sequence[Sequence[float]], refine: bool) -> Gate:
         """Held-out documents decide: the largest tolerance that passes, and with it all smaller ones tried."""
-        judges, tolerance = length.shares.judges, choice.budget.tolerance or 0.0
-        last: tuple[Budget, Judgement, dict[int, float]] | None = None
+        chosen, device = choice.budget.tolerance or 0.0, self.device.type
+        judged: dict[float, _Judged] = {}
+
+        def largest() -> float | None:
+            passing = itertools.takewhile(lambda known: judged[known].verdict.passed, sorted(judged))
+            return max(passing, default=None)
+
         for ladder in ladders:
-            rungs = [replace(choice.budget, tolerance=_rounded(tolerance * factor)) for factor in reversed(ladder)]
-            by_window = []
-            for number, window in enumerate(judges, start=1):
-                by_window.append(self.runs.results(window, [self._trial(length, x, choice.sites) for x in rungs]))
-                self.tell.step(f"judging, held-out document {number} of {len(judges)}", 1 + len(rungs))
-            for place, budget in enumerate(rungs):  # the safe end first
-                results = [found[place] for found in by_window]
-                verdict = judge([x.evidence(w.kind) for w, x in zip(judges, results, strict=True)], self.max_error,
-                                self.check_loss)
-                if last is not None and last[1].passed and not verdict.passed:
-                    break
-                last = budget, verdict, _mean_densities(results)
-                if not verdict.passed:
-                    break
-            if last is not None and last[1].passed:
+            judged |= self._judge_all(length, choice, [chosen * factor for factor in ladder], judged)
+            if largest() is not None:
                 break
-        assert last is not None  # ladders have rungs
-        budget, verdict, densities = last
-        passed, note = verdict.passed, ""
+        for _ in range(RAISES[device] if refine else 0):
+            if largest() == max(judged):
+                judged |= self._judge_all(length, choice, [max(judged) * RAISE], judged)
+        for _ in range(BISECTIONS[device] if refine else 0):
+            best = largest()
+            above = [known for known in judged if best is not None and known > best]
+            if best is not None and above:
+                judged |= self._judge_all(length, choice, [sqrt(best * min(above))], judged)
+        best = largest()
+        budget = replace(choice.budget, tolerance=min(judged) if best is None else best)
+        verdict, densities, note = *judged[budget.tolerance or 0.0], ""
+        passed = verdict.passed
         if passed:
             passed, capped, note = self._holds_below(length, budget, choice.sites)
             if capped != budget:  # more exact: it passes all the more
-                results = [self.runs.results(x, [self._trial(length, capped, choice.sites)])[0] for x in judges]
-                budget, densities = capped, _mean_densities(results)
-                verdict = judge([x.evidence(w.kind) for w, x in zip(judges, results, strict=True)], self.max_error,
-                                self.check_loss)
+                budget = capped
+                results = [self.runs.results(x, [self._trial(length, capped, choice.sites)])[0]
+                           for x in length.shares.judges]
+                verdict, densities = self._verdict(length.shares.judges, results)
         return self._gate(length, budget, choice.sites, verdict, densities, passed, choice.tried, note)
+
+    def _judge_all(self, length: _Length, choice: _Choice, tolerances: Iterable[float],
+                   known: Container[float]) -> dict[float, _Judged]:
+        """Verdicts of the held-out documents on tolerances that none is known of; above the grid is nothing."""
+        judges = length.shares.judges
+        rungs = sorted({_rounded(min(x, GRID[-1])) for x in tolerances})
+        rungs = [x for x in rungs if x not in known]
+        trials = [self._trial(length, replace(choice.budget, tolerance=x), choice.sites) for x in rungs]
+        by_window = []
+        for number, window in enumerate(judges if rungs else (), start=1):
+            by_window.append(self.runs.results(window, trials))
+            self.tell.step(f"judging, held-out document {number} of {len(judges)}", 1 + len(rungs))
+        return {x: self._verdict(judges, [found[place] for found in by_window]) for place, x in enumerate(rungs)}
+
+    def _verdict(self, judges: Sequence[Window], results: Sequence[Result]) -> _Judged:
+        evidence = [x.evidence(window.kind) for window, x in zip(judges, results, strict=True)]
+        return _Judged(judge(evidence, self.max_error, self.check_loss), _mean_densities(results))
 
     def _holds_below(self, length: _Length, budget: Budget, sites: Mapping[int, Budget]) -> tuple[bool, Budget, str]:
         """Whether a budget that passed at the long end of its bucket holds at the short end; if not, a smaller one.
