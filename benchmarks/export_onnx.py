@@ -1,9 +1,12 @@
-"""tiny-lm as an ONNX file in ONNX Runtime on this CPU: `python -m benchmarks.export_onnx [--queries 100] [--quick]`.
+"""tiny-lm as an ONNX file in ONNX Runtime on this CPU.
 
-Three files of one graph: ours under the CPU's default plan, and two dense ones, whose attention is GroupQueryAttention
+    python -m benchmarks.export_onnx [--queries 100] [--quick]                       the CPU's default plan
+    python -m benchmarks.export_onnx --plan benchmarks/results/plan-tiny-lm-cpu-0.01.json
+
+Three files of one graph: ours under the plan, and two dense ones, whose attention is GroupQueryAttention
 (onnxruntime's own) or Attention (standard). Speed: calls in turns, the faster dense file at every length is the rival.
 Error: KL(dense || ours) on held-out text. Peak memory: each file in a process of its own. Retrieval: key-value lookup,
-dense and ours. Writes results/export_onnx.json and records figures.
+dense and ours. Writes results/export_onnx.json, or export_onnx-PLAN.json, and records figures.
 """
 
 import argparse
@@ -30,10 +33,11 @@ from sparsify.exporters.capture import capture
 from sparsify.measurement import Quality, Side, device_name, encode
 from sparsify.models.loading import HELDOUT_TEXT, TINY_LM, load_model, read_text
 from sparsify.models.tasks import exact_match, retrieval_rows
-from sparsify.plan import Plan
+from sparsify.plan import Budget, Plan
 
 LONG = 16384
-DENSE_LENGTHS = (256, 512, 1024, 2048, 4095)  # the default plan is dense below 4096
+LENGTHS = (256, 512, 1024, 2048, 4095, 8192, LONG)
+RETRIEVED = (4096, LONG)
 QUERIES_PER_ROW = 4
 THREADS = 2
 ROUNDS = 8
@@ -78,6 +82,7 @@ Run = Callable[[Tensor], Tensor]
 def main() -> None:
     """Export, measure, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, help="a plan file; default: the default plan")
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--quick", action="store_true", help="speed alone")
     parser.add_argument("--alone", nargs=2, metavar=("FILE", "LENGTH"), help="run one file once and print its memory")
@@ -87,11 +92,13 @@ def main() -> None:
         return
     torch.set_num_threads(THREADS)
     where = f"{device_name(torch.device('cpu'))}, {THREADS} threads"
-    results: dict[str, Any] = {"where": where, "onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__}
+    plan = Plan.load(options.plan) if options.plan else Plan.default("cpu")
+    results: dict[str, Any] = {"where": where, "onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__,
+                               "plan": plan.hash}
     loaded = load_model()
     text = encode(read_text(HELDOUT_TEXT), loaded.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        files = write_files(Side(loaded.model), Path(folder))
+        files = write_files(Side(loaded.model), Path(folder), plan)
         runs = {name: as_call(file) for name, file in files.items()}
         results["lengths"] = _times(runs, text)
         if not options.quick:
@@ -101,13 +108,13 @@ def main() -> None:
                 quality.add(runs["GroupQueryAttention"](ids)[0], runs["ours"](ids)[0], ids[0])
             results["kl"] = quality.kl / quality.positions
             results["memory"] = {name: _memory(file, LONG) for name, file in files.items()}
-            results["retrieval"] = {length: _retrieval(runs, length, options.queries) for length in (4096, LONG)}
-    _record(results, options.quick)
+            results["retrieval"] = {length: _retrieval(runs, length, options.queries) for length in RETRIEVED}
+    _record(results, plan, options.plan, options.quick)
 
 
-def write_files(model: torch.nn.Module, folder: Path) -> dict[str, Path]:
-    """Ours under the default plan, and a dense file for each rival."""
-    captured = capture(model, torch.randint(5, 4000, (2, 64)), Plan.default("cpu"))
+def write_files(model: torch.nn.Module, folder: Path, plan: Plan) -> dict[str, Path]:
+    """Ours under the plan, and a dense file for each rival."""
+    captured = capture(model, torch.randint(5, 4000, (2, 64)), plan)
     files = {"ours": folder / "ours.onnx"}
     form.write(captured, files["ours"])
     site = captured.records[0]
@@ -153,7 +160,7 @@ def _times(runs: dict[str, Run], text: Tensor) -> dict[int, dict[str, float]]:
     """
     # `Attention` makes all scores at once: gigabytes beyond some length, and slower than the other long before.
     least = {length: dict.fromkeys((name for name in runs if length <= 8192 or name != "Attention"), math.inf)
-             for length in (*DENSE_LENGTHS, LONG)}
+             for length in LENGTHS}
     for _ in range(ROUNDS):
         for length, times in least.items():
             ids, names = text[:length][None], list(times)
@@ -191,30 +198,38 @@ def _retrieval(runs: dict[str, Run], length: int, queries: int) -> dict[str, flo
     return {name: share for name, (share, _) in found.items()}
 
 
-def _record(results: dict[str, Any], quick: bool) -> None:
+def _record(results: dict[str, Any], plan: Plan, path: Path | None, quick: bool) -> None:
     """The figures that the issue asks for."""
     def ratio(length: int) -> float:
         times = results["lengths"][length]
         return min(ms for name, ms in times.items() if name != "ours") / times["ours"]
 
-    common: dict[str, Any] = {"issue": "export", "where": results["where"],
-                              "command": "python -m benchmarks.export_onnx"}
-    figures = [Figure(figure=f"onnxruntime, tiny-lm: speed-up at {LONG}", value=ratio(LONG), bar=">= 1.7", unit="x",
-                      **common),
-               Figure(figure="onnxruntime, tiny-lm: least ratio in dense buckets",
-                      value=min(map(ratio, DENSE_LENGTHS)), bar=">= 0.97", unit="x", **common)]
+    def add(figure: str, value: float, bar: str, unit: str) -> None:
+        figures.append(Figure("export", f"onnxruntime, {subject}: {figure}", value, bar, unit, results["where"],
+                              command))
+
+    figures: list[Figure] = []
+    subject = "tiny-lm" if path is None else f"tiny-lm under {path.stem}"
+    command = "python -m benchmarks.export_onnx" + (f" --plan {path}" if path else "")
+    add(f"speed-up at {LONG}", ratio(LONG), ">= 1.7", "x")
+    dense = [length for length in LENGTHS if all(budget.is_dense for budget in _budgets(plan, length))]
+    add("least ratio in dense buckets", min(map(ratio, dense)), ">= 0.97", "x")
+    add("least ratio in sparse buckets", min(ratio(length) for length in LENGTHS if length not in dense), ">= 1", "x")
     if not quick:
         memory = results["memory"]
-        figures += [Figure(figure=f"onnxruntime, tiny-lm: KL at {LONG}", value=results["kl"], bar="<= 0.02",
-                           unit="nats a token", **common),
-                    Figure(figure=f"onnxruntime, tiny-lm: peak memory at {LONG}",
-                           value=memory["ours"] / memory["GroupQueryAttention"], bar="<= 1.2", unit="of dense",
-                           **common)]
-        figures += [Figure(figure=f"onnxruntime, tiny-lm: key-value lookup at {length}, points behind dense",
-                           value=round(100 * (found["GroupQueryAttention"] - found["ours"]), 6), bar="<= 1",
-                           unit="points", **common) for length, found in results["retrieval"].items()]
-        records.write_json(records.RESULTS / "export_onnx.json", results)
+        add(f"KL at {LONG}", results["kl"], "<= 0.02", "nats a token")
+        add(f"peak memory at {LONG}", memory["ours"] / memory["GroupQueryAttention"], "<= 1.2", "of dense")
+        for length, found in results["retrieval"].items():
+            add(f"key-value lookup at {length}, points behind dense",
+                round(100 * (found["GroupQueryAttention"] - found["ours"]), 6), "<= 1", "points")
+        name = "export_onnx" if path is None else f"export_onnx-{path.stem}"
+        records.write_json(records.RESULTS / f"{name}.json", results)
     record(*figures)
+
+
+def _budgets(plan: Plan, length: int) -> list[Budget]:
+    bucket = plan.bucket_of(length)
+    return [bucket.budget, *bucket.sites.values()]
 
 
 if __name__ == "__main__":
