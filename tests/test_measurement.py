@@ -200,6 +200,15 @@ def test_retrieval_rows_ask_at_the_very_end(kind):
         assert 350 < positions[0] and positions[-1] < 700
 
 
+def test_depths_say_where_the_answers_were_planted():
+    rows = retrieval_rows(TINY_LM, "copy", length=2000, count=4)  # 24 random words: nowhere else by chance
+    for ids, answers, depths in zip(rows.ids.tolist(), rows.answers, rows.depths, strict=True):
+        for at, depth in zip(answers, depths, strict=True):
+            words = ids[at[0]:at[-1] + 1]
+            planted = next(i for i in range(len(ids)) if ids[i:i + len(words)] == words)
+            assert planted < at[0] and planted / len(ids) == pytest.approx(depth, abs=0.15)
+
+
 def test_exact_match_counts_queries_with_every_token_right():
     rows = retrieval_rows(TINY_LM, "kv", length=600, count=2)
 

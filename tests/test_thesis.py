@@ -403,6 +403,17 @@ def test_a_shipped_plan_is_judged_at_every_length_and_the_default_is_not():
     assert transfer.figures("tiny-lm", {"plan_file": None, "lengths": [row]}, "here", "command") == []
 
 
+def test_answers_are_compared_at_every_depth():
+    def side(*right):
+        by_depth = [{"right": found, "queries": 25} for found in right]
+        return {"kl": 0.0, "loss_rise": 0.0, "loss_rise_interval": [0, 0],
+                "retrieval": {"kv": {"right": sum(right) / 100, "by_depth": by_depth}}}
+
+    row = {"length": 512, "dense": side(25, 25, 24, 25), "plan": side(25, 24, 25, 25)}
+    found = transfer.figures("tiny-lm", {"plan_file": "plan.json", "lengths": [row]}, "here", "command")
+    assert [(figure.value, figure.met) for figure in found[-2:]] == [(0.0, True), (4.0, False)]
+
+
 def test_every_part_runs_and_writes_numbers_and_charts(subject, tmp_path, monkeypatch):
     monkeypatch.setattr(Subject, "load", lambda *arguments: replace(subject, documents=1))
     monkeypatch.setattr("sys.argv", ["thesis", "needed", "rules", "transfer", "static", "--lengths", "512", "640",

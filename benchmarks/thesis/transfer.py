@@ -4,6 +4,7 @@ The share is that of `split-6, share`, the product's estimate under a fixed shar
 A plan is a file of `sparsify calibrate`; without one, the default tolerance at every length, the first layer dense.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +25,7 @@ FOLLOWED = ("tolerance", "max_density", "sinks", "local", "singles", "peaks")  #
 FREE = 0.01  # KL, nats
 SHARE = Policy("split-6", "share")
 QUERIES = {"kv": 4, "copy": 2}  # per row
+DEPTHS = 4  # quarters of the context that answers are counted by
 WITHOUT_PLAN = Plan((Bucket(1, None, Budget(DEFAULT_TOLERANCE), {0: Budget.dense()}),), name="default tolerance")
 
 
@@ -74,10 +76,14 @@ def _policy_of(budget: Budget) -> Policy | None:
 
 
 def retrieval(subject: Subject, policies: Any, kind: str, length: int, queries: int) -> dict[str, Any]:
-    """Exact match of a task of the shipped model, and the number of queries."""
+    """Exact match of a task of the shipped model, the number of queries, and the same by the depth of what is asked."""
     rows = retrieval_rows(TINY_LM, kind, length, max(1, queries // QUERIES[kind]))
     right, density = subject.answers(policies, rows)
-    return {"right": round(sum(right) / len(right), 4), "queries": len(right), "density": round(density, 4)}
+    by_depth: list[list[bool]] = [[] for _ in range(DEPTHS)]
+    for answer, depth in zip(right, itertools.chain(*rows.depths), strict=True):
+        by_depth[min(DEPTHS - 1, int(depth * DEPTHS))].append(answer)
+    return {"right": round(sum(right) / len(right), 4), "queries": len(right), "density": round(density, 4),
+            "by_depth": [{"right": sum(some), "queries": len(some)} for some in by_depth]}
 
 
 def figures(name: str, result: dict[str, Any], where: str, command: str) -> list[Figure]:
@@ -92,6 +98,11 @@ def figures(name: str, result: dict[str, Any], where: str, command: str) -> list
         for kind, answers in of_plan.get("retrieval", {}).items():
             behind = round(100 * (row["dense"]["retrieval"][kind]["right"] - answers["right"]), 4)
             bars.append((f"{kind}, points behind dense", behind, 1.0, "points"))
+            if "by_depth" in answers:
+                depths = zip(row["dense"]["retrieval"][kind]["by_depth"], answers["by_depth"], strict=True)
+                bars.append((f"{kind}, points behind dense at the worst quarter of depths", max(
+                    round(100 * (dense["right"] - ours["right"]) / max(1, ours["queries"]), 4)
+                    for dense, ours in depths), 1.0, "points"))
         found += [Figure("budgets", f"{name} {row['length']}: {what} of the plan", value, f"<= {bar:g}", unit, where,
                          command) for what, value, bar, unit in bars]
     return found

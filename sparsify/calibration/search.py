@@ -3,7 +3,7 @@
 For each length, ascending, on windows of that length:
 1. choose     the tolerance: a walk on a grid with the first document, then the grid around it with the others; between
               two points log error is linear in log tolerance. Aimed at is the mean whose bound would just pass
-2. vary       singles, local blocks, dense sites: taken only if documents that did not propose it confirm, with
+2. vary       singles, local blocks, sinks, dense sites: taken only if documents that did not propose it confirm, with
               confidence, less error at equal time
 3. judge      on held-out documents: the largest tolerance that passes, as do all below it that were tried; on a GPU
               by bisection, so that max_error is used up. Errors grow with the tolerance, so it is the one that a fixed
@@ -345,6 +345,7 @@ class _Search:
         found: dict[str, tuple[Budget, Mapping[int, Budget]]] = {
             f"singles {m}": (replace(budget, singles=m), {}) for m in VARIANT_SINGLES}
         found["local 2"] = replace(budget, local=2), {}
+        found["sinks 2"] = replace(budget, sinks=2), {}
         sites = sorted({call.site for call in calls})
         found["first site dense"] = budget, {sites[0]: dense}
         idle = [site for site in sites

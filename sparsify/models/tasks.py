@@ -47,10 +47,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Rows:
-    """ids int64 [rows, length]; `answers`: for every row and query, the positions of the tokens to be predicted."""
+    """Rows of a task.
+
+    ids      int64 [rows, length]
+    answers  for every row and query, the positions of the tokens to be predicted
+    depths   for every row and query, where what it asks for was planted, 0 first and 1 last; means of several
+    """
 
     ids: Tensor
     answers: list[list[list[int]]]
+    depths: list[list[float]]
 
 
 def retrieval_rows(folder: str | Path, kind: str, length: int, count: int, seed: int = 0) -> Rows:
@@ -59,7 +65,8 @@ def retrieval_rows(folder: str | Path, kind: str, length: int, count: int, seed:
     rng = np.random.default_rng([seed, length])
     rows = [tasks.eval_row(rng, length, kind, tokens[start:start + length])
             for start in rng.integers(0, len(tokens) - length, count)]
-    return Rows(torch.from_numpy(np.stack([ids for ids, _ in rows]).astype(np.int64)), [answers for _, answers in rows])
+    ids, answers, depths = zip(*rows, strict=True)
+    return Rows(torch.from_numpy(np.stack(ids).astype(np.int64)), list(answers), list(depths))
 
 
 def exact_match(logits_of: Callable[[Tensor], Tensor], rows: Rows) -> tuple[float, int]:
@@ -156,8 +163,8 @@ class Tasks:
                                           _answer(self._spell(value)), ".\n"))
 
     def eval_row(self, rng: np.random.Generator, length: int, kind: str,
-                 filler: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
-        """Plants anywhere and queries at the very end: ids [length], and the answer positions of every query."""
+                 filler: np.ndarray) -> tuple[np.ndarray, list[list[int]], list[float]]:
+        """Plants anywhere and queries at the very end: ids [length]; of every query the answer positions, the depth."""
         make: dict[str, Callable[[], Item]] = {
             "kv": lambda: self.key_value(rng), "kv_many": lambda: self.key_value(rng),
             "mv": lambda: self.several_values(rng, 3), "chain": lambda: self.chain(rng, 2),
@@ -167,6 +174,7 @@ class Tasks:
         asked = 2 if kind in ("copy", "count", "max", "last") else 4
         placed: list[tuple[float, Segment]] = []
         queries: list[Segment] = []
+        depths: list[float] = []
         used = 0
         for i in range({"kv": 8, "kv_many": max(6, length // 128)}.get(kind, 4)):
             item = make[kind]()
@@ -176,15 +184,17 @@ class Tasks:
                     break
                 continue
             used += size
-            placed += zip(np.sort(rng.random(len(item.plants)) * 0.98), item.plants, strict=True)
+            places = np.sort(rng.random(len(item.plants)) * 0.98)
+            placed += zip(places, item.plants, strict=True)
             if i < asked:
                 queries.append(item.query)
+                depths.append(float(places.mean()))
         placed += [(2.0 + j, queries[j]) for j in rng.permutation(len(queries))]
         ids, weights, starts = self.assemble(length, placed, filler)
         starts = starts[len(starts) - len(queries):]
         answers = [[int(at) for at in np.nonzero(weights[start:end] >= ANSWER)[0] + start]
                    for start, end in zip(starts, [*starts[1:], length], strict=True)]
-        return ids, answers
+        return ids, answers, depths
 
     def assemble(self, length: int, placed: Sequence[tuple[float, Segment]],
                  filler: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
