@@ -9,6 +9,7 @@
     metrics.py   what an error is: KL, loss, a function of the caller's, relative output error
     gains.py     what a budget saves here, from densities and the times of this machine
     gate.py      confidence bounds over documents, and the conditions that they must meet
+    ladder.py    which tolerances held-out documents are asked about, and the largest that they let pass
     buckets.py   from what passed at single lengths to the buckets of a plan; the same again on other hardware
     promises.py  what each bucket may promise of missed peaks
     guarantee.py from documents to bounds, and to how far each head's tolerance must fall for them

@@ -5,9 +5,7 @@ For each length, ascending, on windows of that length:
               two points log error is linear in log tolerance. Aimed at is the mean whose bound would just pass
 2. vary       singles, local blocks, sinks, dense sites: taken only if documents that did not propose it confirm, with
               confidence, less error at equal time
-3. judge      on held-out documents: the largest tolerance that passes, as do all below it that were tried; on a GPU
-              by bisection, so that max_error is used up. Errors grow with the tolerance, so it is the one that a fixed
-              sequence of tests from the safe end up would end at, and trying several does not spend confidence
+3. judge      on held-out documents: the largest tolerance that passes, as do all below it that were tried; ladder.py
 4. gain       dense where less than 3 % of attention's time is saved here
 5. promise    when all buckets stand: what each may promise of missed peaks, see promises.py
 
@@ -15,13 +13,13 @@ A bucket reaches from half its length to its length; what lies between buckets a
 longest the last budget holds: nothing is more sparse than documents of its own length allow.
 """
 
-import itertools
 import statistics
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import exp, inf, log, sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +28,7 @@ from sparsify.calibration.buckets import MOST_BUCKETS, assemble, bucket_of
 from sparsify.calibration.gains import LEAST_GAIN, gain
 from sparsify.calibration.gate import CONFIDENCE, Judgement, judge, t_quantile, upper_bound
 from sparsify.calibration.journal import Journal, digest
+from sparsify.calibration.ladder import LADDERS, Judged, climb, largest_passing
 from sparsify.calibration.metrics import NAMES, Metric
 from sparsify.calibration.progress import Progress, teller
 from sparsify.calibration.promises import with_bounds
@@ -52,13 +51,6 @@ from sparsify.plan import DEFAULT_TOLERANCE, Bucket, Budget, Gate, Plan, graph_h
 
 GRID = tuple(float(f"{0.0025 * 2 ** (i / 2):.3g}") for i in range(15))
 """Tolerances, two a doubling: 0.0025 to 0.32."""
-LADDERS = ((2 ** -0.25, 1.0, 2 ** 0.25), (2 ** -0.5,), (2 ** -1.0, 2 ** -1.5, 2 ** -2.0))
-"""What is judged, as factors on the chosen tolerance; each only if nothing passes in the one before."""
-RAISE = 2 ** 0.25
-"""What is judged next where all pass, as a factor on the largest."""
-RAISES, BISECTIONS = {"cpu": 0, "cuda": 2}, {"cpu": 0, "cuda": 2}
-"""How often the largest that passes is raised, and then what lies between it and one that fails is halved. A time of it
-is two runs a held-out document: minutes on a CPU."""
 STEEPNESS = 1.5  # of log error over log tolerance, where no two points tell; the shipped model has 2.4 (0.03 to 0.04)
 SCATTER = 0.5  # standard deviation over mean between documents, where there are too few to tell
 VARIANT_SINGLES = (2, 12)
@@ -74,6 +66,8 @@ TINY = 1e-9  # an error below is none: logarithms are taken of it
 # CPU, of 10 s at 4K tokens for SmolLM2 on two cores.
 TOKENS = {"cpu": {"choosers": 20_480, "judges": 32_768}, "cuda": {"choosers": 2**20, "judges": 2**20}}
 DOCUMENTS = {"cpu": {"choosers": (4, 6), "judges": (4, 8)}, "cuda": {"choosers": (16, 32), "judges": (16, 40)}}
+# Raises and bisections of the ladder: each is two runs of every held-out document, minutes on a CPU.
+REFINEMENTS = {"cpu": (0, 0), "cuda": (2, 2)}
 
 
 def calibrate(model: nn.Module, samples: Iterable[Any], *, max_error: float = 0.005, metric: Metric = "kl",
@@ -138,13 +132,6 @@ class _Choice:
     tried: Mapping[str, float]
 
 
-class _Judged(NamedTuple):
-    """What held-out documents say of one budget."""
-
-    verdict: Judgement
-    densities: dict[int, float]
-
-
 class _Search:
     """The search of one calibration.
 
@@ -167,7 +154,7 @@ class _Search:
         first = lengths[0].shares.choosers[0]
         self.facts = self.runs.about(first)
         self.check_loss = self.facts.metric == "kl" and self.facts.causal
-        judging = 5 + 2 * BISECTIONS[self.device.type]
+        judging = 5 + 2 * max(REFINEMENTS[self.device.type])
         planned = [7 * len(x.shares.choosers) + judging * len(x.shares.judges) for x in lengths]
         self.tell = Progress(self.say, [x.length for x in lengths], planned, self.runs.seconds)
         for place, length in enumerate(lengths):
@@ -255,8 +242,9 @@ class _Search:
                               "next to nothing can be dropped: not judged on held-out documents")
         if gain(calls, densities, _budgets(calls, Budget(most), {})) < LEAST_GAIN:  # other machines may: one rung
             plain = _Choice(Budget(_rounded(tolerance)), {}, {})
-            return self._judge(length, plain, LADDERS[1:], refine=False)
-        return self._judge(length, self._vary(length, points, nearest, tolerance, steepness), LADDERS, refine=True)
+            return self._judge(length, plain, LADDERS[1:], (0, 0))
+        return self._judge(length, self._vary(length, points, nearest, tolerance, steepness), LADDERS,
+                           REFINEMENTS[self.device.type])
 
     def _walk(self, length: _Length, choosers: Sequence[Window]) -> dict[float, list[Result]]:
         """Results of every chooser at the grid points around the tolerance where the mean error meets max_error."""
@@ -354,31 +342,15 @@ class _Search:
             found["sites without gain dense"] = budget, dict.fromkeys(idle, dense)
         return {name: x for name, x in found.items() if name not in self.lost and (len(sites) > 1 or not x[1])}
 
-    def _judge(self, length: _Length, choice: _Choice, ladders: Sequence[Sequence[float]], refine: bool) -> Gate:
-        """Held-out documents decide: the largest tolerance that passes, and with it all smaller ones tried."""
-        chosen, device = choice.budget.tolerance or 0.0, self.device.type
-        judged: dict[float, _Judged] = {}
-
-        def largest() -> float | None:
-            passing = itertools.takewhile(lambda known: judged[known].verdict.passed, sorted(judged))
-            return max(passing, default=None)
-
-        for ladder in ladders:
-            judged |= self._judge_all(length, choice, [chosen * factor for factor in ladder], judged)
-            if largest() is not None:
-                break
-        for _ in range(RAISES[device] if refine else 0):
-            if largest() == max(judged):
-                judged |= self._judge_all(length, choice, [max(judged) * RAISE], judged)
-        for _ in range(BISECTIONS[device] if refine else 0):
-            best = largest()
-            above = [known for known in judged if best is not None and known > best]
-            if best is not None and above:
-                judged |= self._judge_all(length, choice, [sqrt(best * min(above))], judged)
-        best = largest()
-        budget = replace(choice.budget, tolerance=min(judged) if best is None else best)
-        verdict, densities, note = *judged[budget.tolerance or 0.0], ""
-        passed = verdict.passed
+    def _judge(self, length: _Length, choice: _Choice, ladders: Sequence[Sequence[float]],
+               refinements: tuple[int, int]) -> Gate:
+        """Held-out documents decide."""
+        judged = climb(choice.budget.tolerance or 0.0, partial(self._judge_all, length, choice), ladders, *refinements)
+        best = largest_passing(judged)
+        tolerance = min(judged) if best is None else best
+        budget = replace(choice.budget, tolerance=tolerance)
+        verdict, densities = judged[tolerance]
+        passed, note = verdict.passed, ""
         if passed:
             passed, capped, note = self._holds_below(length, budget, choice.sites)
             if capped != budget:  # more exact: it passes all the more
@@ -388,22 +360,19 @@ class _Search:
                 verdict, densities = self._verdict(length.shares.judges, results)
         return self._gate(length, budget, choice.sites, verdict, densities, passed, choice.tried, note)
 
-    def _judge_all(self, length: _Length, choice: _Choice, tolerances: Iterable[float],
-                   known: Container[float]) -> dict[float, _Judged]:
-        """Verdicts of the held-out documents on tolerances that none is known of; above the grid is nothing."""
-        judges = length.shares.judges
-        rungs = sorted({_rounded(min(x, GRID[-1])) for x in tolerances})
-        rungs = [x for x in rungs if x not in known]
+    def _judge_all(self, length: _Length, choice: _Choice, tolerances: Sequence[float]) -> dict[float, Judged]:
+        """Verdicts of the held-out documents; above the grid nothing is judged."""
+        judges, rungs = length.shares.judges, sorted({_rounded(min(x, GRID[-1])) for x in tolerances})
         trials = [self._trial(length, replace(choice.budget, tolerance=x), choice.sites) for x in rungs]
         by_window = []
-        for number, window in enumerate(judges if rungs else (), start=1):
+        for number, window in enumerate(judges, start=1):
             by_window.append(self.runs.results(window, trials))
             self.tell.step(f"judging, held-out document {number} of {len(judges)}", 1 + len(rungs))
         return {x: self._verdict(judges, [found[place] for found in by_window]) for place, x in enumerate(rungs)}
 
-    def _verdict(self, judges: Sequence[Window], results: Sequence[Result]) -> _Judged:
+    def _verdict(self, judges: Sequence[Window], results: Sequence[Result]) -> Judged:
         evidence = [x.evidence(window.kind) for window, x in zip(judges, results, strict=True)]
-        return _Judged(judge(evidence, self.max_error, self.check_loss), _mean_densities(results))
+        return Judged(judge(evidence, self.max_error, self.check_loss), _mean_densities(results))
 
     def _holds_below(self, length: _Length, budget: Budget, sites: Mapping[int, Budget]) -> tuple[bool, Budget, str]:
         """Whether a budget that passed at the long end of its bucket holds at the short end; if not, a smaller one.

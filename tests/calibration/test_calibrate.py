@@ -20,12 +20,9 @@ from sparsify import timings
 from sparsify.backend import backend
 from sparsify.bounds import Bounds
 from sparsify.calibration import gains
-from sparsify.calibration import search as search_module
 from sparsify.calibration.buckets import assemble, remeasure
 from sparsify.calibration.journal import Journal
-from sparsify.calibration.progress import Progress
 from sparsify.calibration.runs import Result
-from sparsify.calibration.samples import Shares, Window
 from sparsify.calibration.search import _solve
 from sparsify.errors import DeviceError, ModelError, OptionError, PlanError, SampleError
 from sparsify.measurement import Quality, measuring
@@ -352,42 +349,6 @@ def test_a_tolerance_is_solved_for_between_points_and_never_above_them():
     assert _solve(points(t02=0.001, t04=0.004), 0.01)[0] == 0.04
     assert _solve(points(t02=0.0, t04=9.0), 0.01)[0] < 0.04
     assert _solve(points(t02=0.004, t04=0.016), 0.001)[0] == pytest.approx(0.01)
-
-
-class Lossy:
-    """In place of a model's runs: the error meets max_error at one tolerance."""
-
-    def __init__(self, limit):
-        self.limit, self.tried = limit, []
-
-    def results(self, window, trials):
-        tolerances = [trial.buckets[-1].budget.tolerance for trial in trials]
-        self.tried += tolerances
-        return [Result(0.005 * (tolerance / self.limit) ** 2, None, {0: 0.5}) for tolerance in tolerances]
-
-    def calls(self, window):
-        return []
-
-
-@pytest.mark.parametrize(("device", "limit", "least"), [
-    ("cuda", 0.9, 2 ** -(1 / 16)), ("cuda", 1.05, 2 ** -(1 / 16)), ("cuda", 1.55, 2 ** -(1 / 16)),
-    ("cuda", 9.0, 0.18), ("cuda", 0.4, 2 ** -(1 / 8)), ("cpu", 0.9, 2 ** -0.25), ("cpu", 9.0, 0.13),
-    ("cuda", 0.1, None)])
-def test_held_out_documents_are_judged_by_bisection(device, limit, least):
-    """What passes lies below the limit and, on a GPU, less than a sixteenth of a doubling below it."""
-    search = search_module._Search.__new__(search_module._Search)
-    windows = tuple(Window(f"{i}", "", (), {}, None) for i in range(3))
-    chosen, runs = 0.03, Lossy(0.03 * limit)
-    vars(search).update(runs=runs, device=torch.device(device), max_error=0.005, check_loss=False, decided=[],
-                        tell=Progress(lambda line: None, [512], [100], lambda length: 1.0))
-    length = search_module._Length(512, Shares(windows, windows), 257)
-    choice = search_module._Choice(Budget(chosen), {}, {})
-    gate = search._judge(length, choice, search_module.LADDERS, refine=True)
-    assert gate.passed == (least is not None)
-    if least is not None:
-        assert 0.99 * least <= gate.budget.tolerance / runs.limit <= 1
-        assert gate.upper <= 0.005
-    assert len(set(runs.tried)) == len(runs.tried) / len(windows) <= 9, "nothing is judged twice"
 
 
 def sparse(lo, hi, tolerance):

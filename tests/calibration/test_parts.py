@@ -10,6 +10,7 @@ import torch
 from sparsify.calibration.gains import SiteCall, gain
 from sparsify.calibration.gate import Evidence, judge, t_quantile, upper_bound
 from sparsify.calibration.journal import Journal
+from sparsify.calibration.ladder import LADDERS, Judged, climb, largest_passing
 from sparsify.calibration.metrics import error_of, name_of, tensor_of
 from sparsify.calibration.progress import Progress
 from sparsify.errors import ModelError, OptionError
@@ -189,3 +190,33 @@ def test_progress_tells_the_time_that_is_left():
     progress.enter(1)
     progress.step("judging", 25)
     assert lines == ["[1/2] 512 keys: choosing, about 66 s left", "[2/2] 1024 keys: judging"]
+
+
+def _errors_meet(limit, tried):
+    """Held-out documents whose error meets 0.005 at one tolerance."""
+    def judge_all(tolerances):
+        tried.extend(tolerances)
+        return {tolerance: Judged(judge([Evidence("", 0.005 * (tolerance / limit) ** 2 * x, None) for x in (1, 1, 1)],
+                                        0.005, False), {}) for tolerance in tolerances}
+
+    return judge_all
+
+
+@pytest.mark.parametrize(("limit", "refinements", "least"), [
+    (0.9, (2, 2), 2 ** -(1 / 16)), (1.05, (2, 2), 2 ** -(1 / 16)), (1.55, (2, 2), 2 ** -(1 / 16)),
+    (9.0, (2, 2), 0.18), (0.4, (2, 2), 2 ** -(1 / 8)), (0.9, (0, 0), 2 ** -0.25), (9.0, (0, 0), 0.13),
+    (0.1, (2, 2), None)])
+def test_the_ladder_ends_close_below_the_limit(limit, refinements, least):
+    tried: list[float] = []
+    judged = climb(0.03, _errors_meet(0.03 * limit, tried), LADDERS, *refinements)
+    best = largest_passing(judged)
+    assert (best is None) == (least is None)
+    if best is not None:
+        assert 0.999 * least <= best / (0.03 * limit) <= 1
+    assert len(set(tried)) == len(tried) <= 9, "nothing is judged twice"
+
+
+def test_above_one_that_fails_nothing_passes():
+    """However it looks: documents that by chance pass a larger tolerance do not make it safe."""
+    found = _errors_meet(0.03, [])([0.02, 0.04]) | {0.05: _errors_meet(0.03, [])([0.01])[0.01]}
+    assert found[0.05].verdict.passed and largest_passing(found) == 0.02
