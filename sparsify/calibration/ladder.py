@@ -32,7 +32,7 @@ def climb(chosen: float, judge_all: JudgeAll, ladders: Sequence[Sequence[float]]
           bisections: int = 0) -> dict[float, Judged]:
     """What was judged, by tolerance.
 
-    judge_all   verdicts on tolerances, given in order; it may round them, and leave out what it was asked before
+    judge_all   verdicts on tolerances, by what it has rounded them to
     raises      how often the largest is raised, as long as all pass
     bisections  how often what lies between the largest that passes and the next above it is halved
     """

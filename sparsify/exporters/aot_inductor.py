@@ -104,8 +104,8 @@ def _check_linked(file: Any) -> None:
         return
     if not any(name in Path(file).read_bytes() for name in (b"libstdc++.so", b"libc++.so")):
         raise ExportError(f"the C++ compiler {os.environ.get('CXX', 'g++')!r} links a C++ runtime of its own into "
-                          "libraries, and a package with one crashes as it is loaded: it finds no shared libstdc++. "
-                          "Install the compiler's development files of libstdc++, or name another by CXX.")
+                          "libraries, and a package with one crashes as it is loaded. It finds no shared libstdc++, or "
+                          "is told not to use it: install its development files, or name another compiler by CXX.")
 
 
 @contextlib.contextmanager

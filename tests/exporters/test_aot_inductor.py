@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.export.pt2_archive._package import load_pt2, package_pt2
 
 import sparsify
 from sparsify.errors import ExportError
@@ -116,28 +115,6 @@ def test_cond_over_a_copied_operand_is_right_or_refused(tmp_path):
         x = torch.randn(1, length, 32)
         expected = torch.export.load(tmp_path / "program.pt2").module()(x)
         torch.testing.assert_close(aot_inductor.load(path)(x)[0], expected, rtol=1e-4, atol=1e-4)
-
-
-class Add(nn.Module):
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
-
-    def forward(self, x):
-        return x + self.number
-
-
-def test_models_of_one_package_are_told_apart(tmp_path):
-    """As packages for CUDA have them. torch 2.11 would run "model_bucket1" for "model": it compares beginnings."""
-    x, path = torch.zeros(3), tmp_path / "models.pt2"
-    models = {aot_inductor._name(i, 2): torch._inductor.aot_compile(
-        torch.export.export(Add(i + 1), (x,)).module(), (x,), {}, options={"aot_inductor.package": True})
-        for i in range(2)}
-    package_pt2(str(path), aoti_files=models)
-    runners = load_pt2(str(path)).aoti_runners
-    assert [runners[name](x)[0].item() for name in models] == [1, 2]
-    names = [aot_inductor._name(i, 12) for i in range(12)]
-    assert not [(a, b) for a in names for b in names if a != b and b.startswith(a)]
 
 
 def test_a_library_with_its_own_runtime_is_refused(package, tmp_path):

@@ -1,5 +1,6 @@
 """A program for each bucket: what packages for CUDA are compiled from. Here its kernels run in Triton's interpreter."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tests.interpreter  # noqa: F401
 from sparsify import ops
 from sparsify.errors import OptionError
 from sparsify.exporters import aot_inductor, buckets
-from sparsify.exporters.capture import PLANNED, capture
+from sparsify.exporters.capture import PLANNED, capture, with_graph
 from sparsify.exporters.contents import Contents
 from sparsify.kernels import packed
 from sparsify.plan import Bucket, Budget, Plan
@@ -100,6 +101,35 @@ def test_a_call_beyond_the_last_bucket_is_refused():
     assert contents.bucket_of((torch.empty(1, 1000, 32),), {}) == 2
     with pytest.raises(OptionError, match="key length of 1001"):
         contents.bucket_of((torch.empty(1, 1001, 32),), {})
+
+
+@ON_CPU
+def test_each_call_runs_the_model_of_its_bucket(tmp_path, monkeypatch):
+    """As on CUDA: a package of several models, here with the number of its bucket in each one's output.
+
+    torch 2.11 takes for a model all files whose path begins with its name: it ran "model_bucket1" for "model".
+    """
+    def numbered(captured, bucket):
+        graph = copy.deepcopy(captured.program.graph_module)
+        (output,) = graph.graph.find_nodes(op="output")
+        with graph.graph.inserting_before(output):
+            new = graph.graph.call_function(torch.ops.aten.mul.Tensor,
+                                            (output.args[0][0], 1.0 + captured.buckets.index(bucket)))
+        new.meta = dict(output.args[0][0].meta)
+        output.args = ((new,),)
+        return with_graph(captured.program, graph)
+
+    captured = capture(Attend(), torch.randn(2, 150, 32), SMALL, [{1: Dim("length", max=1000)}])
+    with monkeypatch.context() as patch:
+        patch.setattr(aot_inductor, "_is_on_cuda", lambda captured: True)
+        patch.setattr(buckets, "program_for", numbered)
+        aot_inductor.write(captured, tmp_path / "model.pt2")
+    run, whole = aot_inductor.load(tmp_path / "model.pt2"), captured.program.module()
+    for place, length in enumerate((100, 150, 250)):
+        x = torch.randn(2, length, 32)
+        torch.testing.assert_close(run(x)[0], whole(x) * (1 + place), rtol=1e-4, atol=1e-5)
+    names = [aot_inductor._name(i, 12) for i in range(12)]
+    assert not [(a, b) for a in names for b in names if a != b and b.startswith(a)]
 
 
 OPENED = """
