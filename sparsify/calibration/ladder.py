@@ -28,8 +28,8 @@ class Judged(NamedTuple):
 JudgeAll = Callable[[Sequence[float]], dict[float, Judged]]
 
 
-def climb(chosen: float, judge_all: JudgeAll, ladders: Sequence[Sequence[float]] = LADDERS, raises: int = 0,
-          bisections: int = 0) -> dict[float, Judged]:
+def climb(chosen: float, judge_all: JudgeAll, ladders: Sequence[Sequence[float]], raises: int,
+          bisections: int) -> dict[float, Judged]:
     """What was judged, by tolerance.
 
     judge_all   verdicts on tolerances, by what it has rounded them to
