@@ -33,7 +33,7 @@ from sparsify.exporters.capture import capture
 from sparsify.measurement import Quality, Side, device_name, encode
 from sparsify.models.loading import HELDOUT_TEXT, TINY_LM, load_model, read_text
 from sparsify.models.tasks import exact_match, retrieval_rows
-from sparsify.plan import Budget, Plan
+from sparsify.plan import Plan
 
 LONG = 16384
 LENGTHS = (256, 512, 1024, 2048, 4095, 8192, LONG)
@@ -212,7 +212,7 @@ def _record(results: dict[str, Any], plan: Plan, path: Path | None, quick: bool)
     subject = "tiny-lm" if path is None else f"tiny-lm under {path.stem}"
     command = "python -m benchmarks.export_onnx" + (f" --plan {path}" if path else "")
     add(f"speed-up at {LONG}", ratio(LONG), ">= 1.7", "x")
-    dense = [length for length in LENGTHS if all(budget.is_dense for budget in _budgets(plan, length))]
+    dense = [length for length in LENGTHS if plan.bucket_of(length).is_dense]
     add("least ratio in dense buckets", min(map(ratio, dense)), ">= 0.97", "x")
     add("least ratio in sparse buckets", min(ratio(length) for length in LENGTHS if length not in dense), ">= 1", "x")
     if not quick:
@@ -225,11 +225,6 @@ def _record(results: dict[str, Any], plan: Plan, path: Path | None, quick: bool)
         name = "export_onnx" if path is None else f"export_onnx-{path.stem}"
         records.write_json(records.RESULTS / f"{name}.json", results)
     record(*figures)
-
-
-def _budgets(plan: Plan, length: int) -> list[Budget]:
-    bucket = plan.bucket_of(length)
-    return [bucket.budget, *bucket.sites.values()]
 
 
 if __name__ == "__main__":

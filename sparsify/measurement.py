@@ -233,7 +233,7 @@ def _attention_share(dense: Side, ids: Tensor) -> float | None:
 
 def _density(sparse: Side, ids: Tensor, bucket: Bucket) -> float:
     """Kept share of the allowed blocks, mean over all attention sites; what did not run sparse kept all."""
-    if all(budget.is_dense for budget in (bucket.budget, *bucket.sites.values())):
+    if bucket.is_dense:
         return 1.0
     densities = [1.0 if site.density is None else site.density for site in explain(sparse, ids).sites]
     return statistics.mean(densities) if densities else 1.0

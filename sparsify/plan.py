@@ -186,6 +186,11 @@ class Bucket:
     gates: tuple[Gate, ...] = ()
     bounds: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether no site drops anything."""
+        return all(budget.is_dense for budget in (self.budget, *self.sites.values()))
+
     def budget_of(self, site: int) -> Budget:
         """The budget of the attention site with this index."""
         return self.sites.get(site, self.budget)
@@ -273,7 +278,7 @@ class Plan:
             raise PlanError(f"guarantee is {target!r}. Give a share of query blocks between 0 and 1, as 0.95.")
         buckets = []
         for i, bucket in enumerate(self.buckets):
-            if all(budget.is_dense for budget in (bucket.budget, *bucket.sites.values())):
+            if bucket.is_dense:
                 buckets.append(bucket)
                 continue
             if not bucket.bounds:

@@ -393,23 +393,25 @@ def test_bars_are_the_issues():
     assert len(rules.figures("tiny-lm", result, "here", "command")) == 3
 
 
+def _retrieval(*right):
+    """Answers right of 25 at each of four depths."""
+    by_depth = [{"right": found, "queries": 25} for found in right]
+    return {"retrieval": {"kv": {"right": sum(right) / 100, "by_depth": by_depth}}}
+
+
 def test_a_shipped_plan_is_judged_at_every_length_and_the_default_is_not():
-    answers = {"retrieval": {"kv": {"right": 0.99}}}
-    row = {"length": 512, "dense": answers, "plan": {"kl": 0.02, "loss_rise": 0.001, "loss_rise_interval": [0, 0.004],
-                                                     "retrieval": {"kv": {"right": 0.97}}}}
+    row = {"length": 512, "dense": _retrieval(25, 25, 24, 25), "plan": {
+        "kl": 0.02, "loss_rise": 0.001, "loss_rise_interval": [0, 0.004], **_retrieval(25, 24, 24, 24)}}
     found = transfer.figures("tiny-lm", {"plan_file": "plan.json", "lengths": [row]}, "here", "command")
     assert [(figure.value, figure.met) for figure in found] == [
-        (0.02, False), (0.001, True), (0.004, True), (2.0, False)]
+        (0.02, False), (0.001, True), (0.004, True), (2.0, False), (4.0, False)]
     assert transfer.figures("tiny-lm", {"plan_file": None, "lengths": [row]}, "here", "command") == []
 
 
 def test_answers_are_compared_at_every_depth():
-    def side(*right):
-        by_depth = [{"right": found, "queries": 25} for found in right]
-        return {"kl": 0.0, "loss_rise": 0.0, "loss_rise_interval": [0, 0],
-                "retrieval": {"kv": {"right": sum(right) / 100, "by_depth": by_depth}}}
-
-    row = {"length": 512, "dense": side(25, 25, 24, 25), "plan": side(25, 24, 25, 25)}
+    """One depth that is better hides none that is worse."""
+    row = {"length": 512, "dense": _retrieval(25, 25, 24, 25), "plan": {
+        "kl": 0.0, "loss_rise": 0.0, "loss_rise_interval": [0, 0], **_retrieval(25, 24, 25, 25)}}
     found = transfer.figures("tiny-lm", {"plan_file": "plan.json", "lengths": [row]}, "here", "command")
     assert [(figure.value, figure.met) for figure in found[-2:]] == [(0.0, True), (4.0, False)]
 

@@ -98,11 +98,9 @@ def figures(name: str, result: dict[str, Any], where: str, command: str) -> list
         for kind, answers in of_plan.get("retrieval", {}).items():
             behind = round(100 * (row["dense"]["retrieval"][kind]["right"] - answers["right"]), 4)
             bars.append((f"{kind}, points behind dense", behind, 1.0, "points"))
-            if "by_depth" in answers:
-                depths = zip(row["dense"]["retrieval"][kind]["by_depth"], answers["by_depth"], strict=True)
-                bars.append((f"{kind}, points behind dense at the worst quarter of depths", max(
-                    round(100 * (dense["right"] - ours["right"]) / max(1, ours["queries"]), 4)
-                    for dense, ours in depths), 1.0, "points"))
+            depths = zip(row["dense"]["retrieval"][kind]["by_depth"], answers["by_depth"], strict=True)
+            worst = max(100 * (dense["right"] - ours["right"]) / max(1, ours["queries"]) for dense, ours in depths)
+            bars.append((f"{kind}, points behind dense at the worst quarter of depths", round(worst, 4), 1.0, "points"))
         found += [Figure("budgets", f"{name} {row['length']}: {what} of the plan", value, f"<= {bar:g}", unit, where,
                          command) for what, value, bar, unit in bars]
     return found

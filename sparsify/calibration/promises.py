@@ -27,7 +27,7 @@ def with_bounds(plan: Plan, windows: Mapping[int, Sequence[Window]], runs: Runs,
 
 def _bounded(bucket: Bucket, plan: Plan, windows: Mapping[int, Sequence[Window]], runs: Runs, say: Say) -> Bucket:
     inside = {length: of_length for length, of_length in windows.items() if length in bucket}
-    if all(budget.is_dense for budget in (bucket.budget, *bucket.sites.values())) or not inside:
+    if bucket.is_dense or not inside:
         return bucket
     for length, of_length in inside.items():
         if len(of_length) < LEAST_DOCUMENTS:

@@ -355,9 +355,7 @@ class _Search:
             passed, capped, note = self._holds_below(length, budget, choice.sites)
             if capped != budget:  # more exact: it passes all the more
                 budget = capped
-                results = [self.runs.results(x, [self._trial(length, capped, choice.sites)])[0]
-                           for x in length.shares.judges]
-                verdict, densities = self._verdict(length.shares.judges, results)
+                ((verdict, densities),) = self._judge_all(length, choice, [capped.tolerance or 0.0]).values()
         return self._gate(length, budget, choice.sites, verdict, densities, passed, choice.tried, note)
 
     def _judge_all(self, length: _Length, choice: _Choice, tolerances: Sequence[float]) -> dict[float, Judged]:
@@ -368,11 +366,11 @@ class _Search:
         for number, window in enumerate(judges, start=1):
             by_window.append(self.runs.results(window, trials))
             self.tell.step(f"judging, held-out document {number} of {len(judges)}", 1 + len(rungs))
-        return {x: self._verdict(judges, [found[place] for found in by_window]) for place, x in enumerate(rungs)}
-
-    def _verdict(self, judges: Sequence[Window], results: Sequence[Result]) -> Judged:
-        evidence = [x.evidence(window.kind) for window, x in zip(judges, results, strict=True)]
-        return Judged(judge(evidence, self.max_error, self.check_loss), _mean_densities(results))
+        judged = {}
+        for tolerance, results in zip(rungs, zip(*by_window, strict=True), strict=True):
+            evidence = [x.evidence(window.kind) for window, x in zip(judges, results, strict=True)]
+            judged[tolerance] = Judged(judge(evidence, self.max_error, self.check_loss), _mean_densities(results))
+        return judged
 
     def _holds_below(self, length: _Length, budget: Budget, sites: Mapping[int, Budget]) -> tuple[bool, Budget, str]:
         """Whether a budget that passed at the long end of its bucket holds at the short end; if not, a smaller one.

@@ -9,10 +9,11 @@ Inductor makes for a CPU, it is for processors like the one it was compiled on.
 
 On CUDA there is a model for each bucket in the package (buckets.py): "bucket00" for the first, "bucket01" and so on.
 `load` takes the one of each call; elsewhere whoever loads the package does, by the buckets in its sparsify.json. No
-name begins another: torch 2.11 takes all files whose path begins with the name, so "model" would run "model_bucket1".
+name begins another: torch 2.11 takes all files whose path begins with the name, so "model" would run "model_bucket2".
 """
 
 import contextlib
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -102,7 +103,9 @@ def _check_linked(file: Any) -> None:
     """
     if sys.platform != "linux" or not str(file).endswith(".so"):
         return
-    if not any(name in Path(file).read_bytes() for name in (b"libstdc++.so", b"libc++.so")):
+    with open(file, "rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as library:  # weights too
+        is_shared = any(library.find(name) >= 0 for name in (b"libstdc++.so", b"libc++.so"))
+    if not is_shared:
         raise ExportError(f"the C++ compiler {os.environ.get('CXX', 'g++')!r} links a C++ runtime of its own into "
                           "libraries, and a package with one crashes as it is loaded. It finds no shared libstdc++, or "
                           "is told not to use it: install its development files, or name another compiler by CXX.")

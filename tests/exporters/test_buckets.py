@@ -107,7 +107,7 @@ def test_a_call_beyond_the_last_bucket_is_refused():
 def test_each_call_runs_the_model_of_its_bucket(tmp_path, monkeypatch):
     """As on CUDA: a package of several models, here with the number of its bucket in each one's output.
 
-    torch 2.11 takes for a model all files whose path begins with its name: it ran "model_bucket1" for "model".
+    torch 2.11 takes for a model all files whose path begins with its name: it ran "model_bucket2" for "model".
     """
     def numbered(captured, bucket):
         graph = copy.deepcopy(captured.program.graph_module)
