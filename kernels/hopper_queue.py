@@ -15,6 +15,7 @@ from sparsify.kernels.launch import launched
 
 LEVELS = 256  # list lengths the queue tells apart
 CHUNK = 2048  # rows sorted at once
+NUM_WARPS = 16
 
 
 @launched
@@ -45,5 +46,6 @@ def fill_queue(counts: Tensor, tile_capacity: int, tile: int) -> tuple[Tensor, T
     rows = counts.numel()
     queue = torch.empty(rows, dtype=torch.int64, device=counts.device)
     cursors = torch.empty(LEVELS + 1, dtype=torch.int32, device=counts.device)
-    _fill_queue[(1,)](counts, queue, cursors, rows, tile_capacity, LEVELS=LEVELS, CHUNK=CHUNK, TILE=tile, num_warps=16)
+    _fill_queue[(1,)](counts, queue, cursors, rows, tile_capacity, LEVELS=LEVELS, CHUNK=CHUNK, TILE=tile,
+                      num_warps=NUM_WARPS)
     return queue, cursors[LEVELS:]

@@ -568,11 +568,12 @@ def estimated_peaks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, singles
 def _describe(rows: Tensor, tile: int) -> TensorDescriptor:
     """The copy engine's view of e4m3 rows, `tile` of them at once."""
     dim = rows.shape[1]
-    return descriptor(rows, [dim, 1], [tile, dim], _layout(tile, dim))
+    return descriptor(rows, [dim, 1], [tile, dim], layout_of(tile, dim))
 
 
 @cache
-def _layout(tile: int, dim: int) -> gl.NVMMASharedLayout:
+def layout_of(tile: int, dim: int) -> gl.NVMMASharedLayout:
+    """Of a tile of e4m3 rows in shared memory."""
     return gl.NVMMASharedLayout.get_default_for([tile, dim], gl.float8e4nv)
 
 

@@ -33,7 +33,7 @@ from sparsify.kernels.masks import Masks
 
 log = logging.getLogger("sparsify")
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "products.h")]
-SHIM = Path(__file__).with_name("shim.cpp")
+SHIM = [Path(__file__).with_name(name) for name in ("shim.cpp", "handles.h")]
 # Not -ffast-math: as a shared library it would switch denormals off for the whole process.
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-std=c++17",
          "-fPIC"]
@@ -227,14 +227,31 @@ def shim(*, shared: bool = False) -> Path | None:
     torch_root = Path(torch.__file__).parent
     flags = ["-fvisibility=hidden", f"-I{torch_root / 'include'}"]
     flags += ["-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"] if shared else ["-c"]
-    return _built([SHIM, *SOURCES], flags, "shim", ".so" if shared else ".o", lambda path: path)
+    return _built([*SHIM, *SOURCES], flags, "shim", ".so" if shared else ".o", lambda path: path)
+
+
+def build_object(source: str, target: Path) -> Path | None:
+    """An object file of C++ that includes files of this folder and of torch; None without a compiler."""
+    compiler = _compiler()
+    if compiler is None:
+        return None
+    code = target.with_suffix(".cpp")
+    code.write_text(source)
+    folders = [Path(__file__).parent, Path(torch.__file__).parent / "include"]
+    _build([compiler, "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", *(f"-I{folder}" for folder in folders), "-c",
+            str(code)], target)
+    return target
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
 
 
 def _built(sources: Sequence[Path], flags: Sequence[str], name: str, suffix: str,
            opened: Callable[[Path], Opened]) -> Opened | None:
     """The file that the compiler makes of the first source, from the cache or built now; None where it cannot be
     built, or opened."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    compiler = _compiler()
     if compiler is None:
         return None
     content = b"".join(source.read_bytes() for source in sources)

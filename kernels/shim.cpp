@@ -6,27 +6,18 @@
 // blocks.py, native.py, sparsify/ops/exact.py) is done here again: the same sets of blocks, the same kept lists, the
 // same choice of exact kernel. tests/kernels/test_shim.py holds the two together.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/c/shim.h>
 
-#include <cstdio>
-#include <functional>
 #include <memory>
-#include <numeric>
-#include <stdexcept>
-#include <utility>
 
+#include "handles.h"
 #include "native.cpp"
 
 namespace {
 
 constexpr int TILE = 2;                // key blocks per compute tile
 constexpr int64_t LONG_ON_CPU = 1024;  // queries and keys
-
-void must(AOTITorchError error, const char* what) {
-    if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error(what);
-}
 
 // Run `work` on every thread that torch would use, at most `items`.
 void on_all_threads(int64_t items, const std::function<void()>& work) {
@@ -46,29 +37,6 @@ void for_each(int64_t count, const std::function<void(int64_t)>& work) {
     };
     must(torch_parallel_for(0, count, 1, call, const_cast<std::function<void(int64_t)>*>(&work)), "a thread failed");
 }
-
-// A tensor behind a handle; sizes of 1 have stride 0.
-struct View {
-    void* data = nullptr;
-    int32_t dtype = 0;
-    std::vector<int64_t> sizes, strides;
-
-    explicit View(AtenTensorHandle handle) {
-        int64_t dims, *numbers;
-        must(aoti_torch_get_dim(handle, &dims), "dim");
-        must(aoti_torch_get_sizes(handle, &numbers), "sizes");
-        sizes.assign(numbers, numbers + dims);
-        must(aoti_torch_get_strides(handle, &numbers), "strides");
-        strides.assign(numbers, numbers + dims);
-        must(aoti_torch_get_dtype(handle, &dtype), "dtype");
-        must(aoti_torch_get_data_ptr(handle, &data), "data");
-        for (int64_t d = 0; d < dims; d++)
-            if (sizes[d] == 1) strides[d] = 0;
-    }
-    int64_t numel() const {
-        return std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<int64_t>());
-    }
-};
 
 struct half_bits { uint16_t bits; };
 float widen(float x) { return x; }
@@ -446,32 +414,12 @@ struct Call {
     }
 };
 
-// An owned handle.
-struct Handle {
-    AtenTensorHandle handle = nullptr;
-    ~Handle() {
-        if (handle) aoti_torch_delete_tensor_object(handle);
-    }
-};
-
-AtenTensorHandle empty(const View& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-    AtenTensorHandle made;
-    must(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), like.dtype, aoti_torch_device_type_cpu(),
-                                  0, &made), "memory");
-    return made;
-}
-
-// The output of the ops: [B, H, q_len, Dv], laid out in memory as [B, q_len, H, Dv].
-AtenTensorHandle empty_out(const View& q, const View& v) {
-    int64_t heads = q.sizes[1], length = q.sizes[2], dim = v.sizes[3];
-    return empty(q, {q.sizes[0], heads, length, dim}, {length * heads * dim, dim, heads * dim, 1});
-}
-
 // KV heads, each repeated for its group of query heads.
 AtenTensorHandle repeated(AtenTensorHandle x, int64_t heads) {
     View from(x);
     int64_t kv = from.sizes[1], length = from.sizes[2], dim = from.sizes[3];
-    Handle made{empty(from, {from.sizes[0], heads, length, dim}, {heads * length * dim, length * dim, dim, 1})};
+    Handle made{empty(from, from.dtype, {from.sizes[0], heads, length, dim},
+                      {heads * length * dim, length * dim, dim, 1})};
     View to(made.handle);
     size_t bytes = aoti_torch_dtype_element_size(from.dtype);
     for_each(from.sizes[0] * heads, [&](int64_t i) {
@@ -482,7 +430,7 @@ AtenTensorHandle repeated(AtenTensorHandle x, int64_t heads) {
             for (int64_t d = 0; d < dim; d++, target += bytes)
                 std::memcpy(target, source + (r * from.strides[2] + d * from.strides[3]) * bytes, bytes);
     });
-    return std::exchange(made.handle, nullptr);
+    return made.release();
 }
 
 AtenTensorHandle sdpa(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, double scale, bool causal) {
@@ -499,7 +447,7 @@ AtenTensorHandle sdpa(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v
     View to(out.handle);
     bool same = true;
     for (int d = 0; d < 4; d++) same = same && from.strides[d] == to.strides[d];
-    if (same) return std::exchange(made.handle, nullptr);
+    if (same) return made.release();
     int64_t heads = from.sizes[1], length = from.sizes[2], dim = from.sizes[3];
     size_t bytes = aoti_torch_dtype_element_size(from.dtype);
     for_each(from.sizes[0] * length, [&](int64_t i) {
@@ -510,7 +458,7 @@ AtenTensorHandle sdpa(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v
             for (int64_t d = 0; d < dim; d++, target += bytes)
                 std::memcpy(target, source + (h * from.strides[1] + d * from.strides[3]) * bytes, bytes);
     });
-    return std::exchange(out.handle, nullptr);
+    return out.release();
 }
 
 // Nothing is dropped; the kernel that `usual_kernel` of sparsify/ops/exact.py names, lists for what it leaves to plain
@@ -531,20 +479,16 @@ AtenTensorHandle attend_all(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHa
     call.keep_everything();
     Handle out{empty_out(queries, values)};
     call.attend_lists(View(out.handle).data, queries.dtype);
-    return std::exchange(out.handle, nullptr);
+    return out.release();
 }
 
-// Run an op: what it throws becomes a line on stderr and an error code, as torch's C interface wants it.
+// Run an op, where the processor can.
 AOTITorchError guarded(const char* name, AtenTensorHandle* result, const std::function<AtenTensorHandle()>& work) {
     static const bool is_ready = processor_is_ready();
-    try {
+    return reported(name, result, [&] {
         if (!is_ready) throw std::runtime_error("the system keeps the matrix registers from this process");
-        *result = work();
-        return AOTI_TORCH_SUCCESS;
-    } catch (const std::exception& error) {
-        std::fprintf(stderr, "sparsify::%s: %s\n", name, error.what());
-        return AOTI_TORCH_FAILURE;
-    }
+        return work();
+    });
 }
 
 }  // namespace
@@ -581,6 +525,6 @@ extern "C" EXPORTED AOTITorchError aoti_torch_cpu_planned_attention(
                     singles[bucket], shifts ? *shifts + bucket * queries.sizes[1] : nullptr);
         Handle out{empty_out(queries, values)};
         call.attend_lists(View(out.handle).data, queries.dtype);
-        return std::exchange(out.handle, nullptr);
+        return out.release();
     });
 }

@@ -16,6 +16,7 @@ import contextlib
 import mmap
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -57,24 +58,37 @@ def write(captured: Captured, path: Path) -> list[str]:
     """Compile the program and pack it, with what it says of itself as an extra file. Raises ExportError."""
     contents = Contents.of(captured, "aot_inductor")
     if not _is_on_cuda(captured):
-        with _shims() as options:
+        with _linked(native.shim(), SHIMS) as options:
             models = {_name(0, 1): _compile(captured, captured.program, options)}
         contents = replace(contents, processor=tuple(sorted(native.instructions())))
         notes = ["compiled for this kind of processor; it needs torch to run, and nothing of sparsify"]
     else:
-        from sparsify.exporters.buckets import needs_sparsify, program_for  # Triton: only here
-
-        differ = bool(captured.program.graph.find_nodes(op="call_function", target=PLANNED))
-        buckets = captured.buckets if captured.buckets and differ else (None,)
-        models = {_name(i, len(buckets)): _compile(captured, program_for(captured, bucket),
-                                                   {"aot_inductor.package": True})
-                  for i, bucket in enumerate(buckets)}
-        notes = [f"{len(models)} models are in the file, one for each bucket, and weights are in each: "
-                 f"{', '.join(models)}" if len(models) > 1 else "one model is in the file",
-                 "attention in sparse buckets runs on plain Triton kernels: AOTInductor takes no Gluon kernels, which "
-                 "the compiled model has on Hopper", *needs_sparsify(captured)]
+        models, notes = _compile_buckets(captured)
     package_pt2(str(path), aoti_files=models, extra_files={NAME: contents.to_json()})
     return notes
+
+
+def _compile_buckets(captured: Captured) -> tuple[dict[str, list[Any]], list[str]]:
+    """A model for each bucket, as many as differ, and what is to be said of them."""
+    from sparsify.exporters.buckets import needs_sparsify, program_for  # Triton: only here
+
+    differ = bool(captured.program.graph.find_nodes(op="call_function", target=PLANNED))
+    buckets = captured.buckets if captured.buckets and differ else (None,)
+    kernels: list[Any] = []
+    programs = [program_for(captured, bucket, kernels) for bucket in buckets]
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"aot_inductor.package": True}
+        if kernels:
+            from sparsify.kernels import hopper_packed  # Gluon: only for Hopper
+
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            library = native.build_object(hopper_packed.source(kernels), Path(folder) / "sparsify_hopper.o")
+            options = stack.enter_context(_linked(library, hopper_packed.DECLARATIONS))
+        models = {_name(i, len(buckets)): _compile(captured, program, options) for i, program in enumerate(programs)}
+    notes = [f"{len(models)} models are in the file, one for each bucket, and weights are in each: "
+             f"{', '.join(models)}" if len(models) > 1 else "one model is in the file",
+             *needs_sparsify(captured)]
+    return models, notes
 
 
 def _name(bucket: int, buckets: int) -> str:
@@ -87,13 +101,38 @@ def _is_on_cuda(captured: Captured) -> bool:
 
 
 def _compile(captured: Captured, program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
-    with torch.no_grad():
+    with torch.no_grad(), arrays_declared():
         files = torch._inductor.aot_compile(program.module(check_guards=False), captured.args, dict(captured.kwargs),
                                             options=options)
     assert isinstance(files, list)  # as a package is asked for
     for file in files:
         _check_linked(file)
     return files
+
+
+@contextlib.contextmanager
+def arrays_declared() -> Iterator[None]:
+    """Have Inductor declare every array of sizes that it names.
+
+    torch 2.11 remembers which it has declared by the id of a bound method, which is gone by then: another takes the id
+    over, and now and then a package does not compile ("int_array_8 was not declared in this scope"). torch 2.13 takes
+    the id of the object. Here the methods are kept alive.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    wrapper: Any = CppWrapperCpu
+    original = wrapper.codegen_int_array_var
+    alive: list[Any] = []
+
+    def declare(self: Any, array: str, writeline: Any, *args: Any, **kwargs: Any) -> str:
+        alive.append(writeline)
+        return original(self, array, writeline, *args, **kwargs)
+
+    wrapper.codegen_int_array_var = declare
+    try:
+        yield
+    finally:
+        wrapper.codegen_int_array_var = original
 
 
 def _check_linked(file: Any) -> None:
@@ -112,16 +151,15 @@ def _check_linked(file: Any) -> None:
 
 
 @contextlib.contextmanager
-def _shims() -> Iterator[dict[str, Any]]:
-    """Options under which AOTInductor calls our C functions and links them in."""
-    library = native.shim()
+def _linked(library: Path | None, declarations: dict[Any, list[str]]) -> Iterator[dict[str, Any]]:
+    """Options under which AOTInductor calls C functions in place of ops, and links the object file they are in."""
     if library is None:
         raise ExportError("no C++ compiler was found, and an AOTInductor package is compiled by one. Install g++, or "
                           "name one by the environment variable CXX.")
     before = os.environ.get("LIBRARY_PATH")  # where the linker looks; Inductor has no option for it
     os.environ["LIBRARY_PATH"] = os.pathsep.join([str(library.parent), *([before] if before else [])])
     try:
-        yield {"aot_inductor.package": True, "aot_inductor.custom_ops_to_c_shims": SHIMS,
+        yield {"aot_inductor.package": True, "aot_inductor.custom_ops_to_c_shims": declarations,
                "aot_inductor.custom_op_libs": [f":{library.name}"]}
     finally:
         if before is None:

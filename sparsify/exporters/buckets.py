@@ -2,7 +2,8 @@
 
 Given   a captured program and one of its buckets.
 Leaves  a program of the same signature in which attention is what AOTInductor can pack into a file: in a dense bucket
-        scaled_dot_product_attention, in a sparse one `packed_attention`, whose Triton kernels it compiles.
+        scaled_dot_product_attention, in a sparse one `packed_attention`, whose Triton kernels it compiles, or on
+        Hopper `packed_attention_on_hopper`, whose Gluon kernels the caller links in.
 Never   compares a length: which program a call gets is decided where the package is loaded.
 
 Sites with other masks than causality and a mask of keys keep calling our ops, which needs sparsify at run time:
@@ -18,6 +19,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from sparsify.exporters.capture import PLANNED, Captured, with_graph
+from sparsify.kernels.blocks import KEY_BLOCK
 from sparsify.ops.lists import WIDEST_ON_CUDA
 from sparsify.passes.graph import aten, emit, same, shape
 from sparsify.plan import Bucket
@@ -27,8 +29,11 @@ NAMES = [argument.name for argument in PLANNED._schema.arguments]
 BARRED = ("window", "query_documents", "key_documents", "attn_mask", "sink_logits", "shifts", "protected")
 
 
-def program_for(captured: Captured, bucket: Bucket | None) -> ExportedProgram:
-    """The program for calls in this bucket; None: it has only one."""
+def program_for(captured: Captured, bucket: Bucket | None, kernels: list[Any]) -> ExportedProgram:
+    """The program for calls in this bucket; None: it has only one.
+
+    Adds to `kernels` those of hopper_packed.py that it calls, by their place there.
+    """
     from sparsify.kernels import packed  # noqa: F401  # Triton: the op is defined when a package for CUDA is written
 
     graph = copy.deepcopy(captured.program.graph_module)
@@ -40,7 +45,7 @@ def program_for(captured: Captured, bucket: Bucket | None) -> ExportedProgram:
             if target is EXACT:  # the same arguments as far as to `sink_logits`
                 given |= {"tolerances": [0.0], "edges": []}
             with graph.graph.inserting_before(node):
-                new = _write(graph.graph, given, bucket)
+                new = _write(graph.graph, given, bucket, kernels)
             new.meta = dict(node.meta)  # shape and strides are the same
             node.replace_all_uses_with(new)
             graph.graph.erase_node(node)
@@ -72,13 +77,31 @@ def _why_not(given: dict[str, Any]) -> str:
     return ", ".join(names)
 
 
-def _write(graph: fx.Graph, given: dict[str, Any], bucket: Bucket | None) -> fx.Node:
+def _write(graph: fx.Graph, given: dict[str, Any], bucket: Bucket | None, kernels: list[Any]) -> fx.Node:
     place = bisect_right(given["edges"], bucket.lo) if bucket is not None else 0
     if not given["tolerances"][place]:
         return _dense(graph, given)
     columns = [given[name][place] for name in ("tolerances", "max_densities", "sinks", "local", "singles")]
-    return graph.call_function(torch.ops.sparsify.packed_attention.default, (
-        given["q"], given["k"], given["v"], given["key_mask"], given["scale"], given["causal_offset"], *columns))
+    arguments = (given["q"], given["k"], given["v"], given["key_mask"], given["scale"], given["causal_offset"],
+                 *columns)
+    found = _kernels_of(given, columns[-1], bucket)
+    if not found:
+        return graph.call_function(torch.ops.sparsify.packed_attention.default, arguments)
+    kernels += [kernel for kernel in found if kernel not in kernels]
+    return graph.call_function(torch.ops.sparsify.packed_attention_on_hopper.default,
+                               (*arguments, *map(kernels.index, found)))
+
+
+def _kernels_of(given: dict[str, Any], singles: int, bucket: Bucket | None) -> tuple[Any, ...]:
+    """The kernels for Hopper of this site; none if it is left to plain Triton."""
+    from sparsify.kernels.launch import is_hopper  # Triton, as above
+
+    q, v = (given[name].meta["val"] for name in "qv")
+    if bucket is None or bucket.lo < KEY_BLOCK or not is_hopper(q.device):
+        return ()
+    from sparsify.kernels import hopper_packed  # Gluon: not for Triton's interpreter
+
+    return hopper_packed.kernels_for(q, v, given["key_mask"] is not None, singles)
 
 
 def _dense(graph: fx.Graph, given: dict[str, Any]) -> fx.Node:

@@ -1,5 +1,6 @@
 """`sparsify.export` to an AOTInductor package: it needs nothing of ours, and garbage is never handed over."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -186,3 +187,17 @@ def test_a_program_in_cpp_runs_it(package, tmp_path):
                         *map(str, x.shape)], check=True)
         out = torch.from_file(str(tmp_path / "out.bin"), size=x.numel()).view(x.shape)
         torch.testing.assert_close(out, aot_inductor.load(path)(x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_every_array_of_sizes_is_declared_where_it_is_used():
+    """torch 2.11 told places of declarations apart by ids that others take over: it left some out, now and then."""
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.utils import IndentedBuffer
+
+    wrapper = object.__new__(CppWrapperCpu)
+    wrapper.int_array_id, wrapper.declared_int_array_vars = itertools.count(), set()
+    wrapper.codegen_int_array_var_cache = {}
+    places = [IndentedBuffer() for _ in range(50)]
+    with aot_inductor.arrays_declared():
+        names = [wrapper.codegen_int_array_var("{1L, }", place.writeline) for place in places]
+    assert all(f" {name}[]" in place.getvalue() for name, place in zip(names, places, strict=True))
