@@ -1,12 +1,14 @@
 """ONNX for TensorRT: a file a bucket that its parser and builder take; engines are built where its library is.
 
-The build test needs two folders: SPARSIFY_TENSORRT_RTX, which holds libtensorrt_rtx.so* and
+The tests that build and run need two folders: SPARSIFY_TENSORRT_RTX, which holds libtensorrt_rtx.so* and
 libtensorrt_onnxparser_rtx.so* (the wheel onnxruntime-ep-nv-tensorrt-rtx-cu13 has them), and SPARSIFY_TENSORRT_HEADERS,
-TensorRT's public headers.
+TensorRT's public headers. Building needs no GPU; running needs one that TensorRT-RTX supports.
 """
 
+import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
@@ -29,6 +31,7 @@ from sparsify.exporters import tensorrt as form  # noqa: E402
 
 FREE = [{0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}]
 LIBRARIES, HEADERS = (os.environ.get(f"SPARSIFY_TENSORRT_{name}") for name in ("RTX", "HEADERS"))
+REFUSES_GPU = re.compile(r"TensorRT-RTX does not support this compute capability|Target GPU SM \S+ is not supported")
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +184,55 @@ def test_tensorrt_parses_and_builds_every_file(make, build_engine, tmp_path):
     form.write(capture(*make(), TWO_EDGES), tmp_path / "model.onnx")
     for row in json.loads(form.profiles_path(tmp_path / "model.onnx").read_text()):
         assert build_engine(tmp_path, row).stat().st_size > 10_000
+
+
+class Argument(ctypes.Structure):
+    """A tensor as run_engine.cpp reads it."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("address", ctypes.c_void_p), ("rank", ctypes.c_int64),
+                ("sizes", ctypes.c_int64 * 8)]
+
+    @classmethod
+    def of(cls, name: str, x: Tensor) -> "Argument":
+        return cls(name.encode(), x.data_ptr(), x.dim(), tuple(x.shape))
+
+
+@pytest.fixture(scope="module")
+def run_engine(compiled) -> Callable[[bytes, Mapping[str, Tensor], Mapping[str, Tensor]], None]:
+    """Runs an engine on the GPU, from contiguous inputs into contiguous outputs; skips if TensorRT refuses the GPU."""
+    library = ctypes.CDLL(str(compiled("run_engine", "-shared", "-fPIC")))
+    library.open_engine.restype, library.complaints.restype = ctypes.c_void_p, ctypes.c_char_p
+    library.run_engine.restype = ctypes.c_bool
+
+    def run(engine: bytes, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        opened = ctypes.c_void_p(library.open_engine(engine, ctypes.c_uint64(len(engine))))
+        tensors = [Argument.of(name, x) for held in (inputs, outputs) for name, x in held.items()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        ran = bool(opened) and library.run_engine(opened, (Argument * len(tensors))(*tensors),
+                                                  ctypes.c_uint64(len(tensors)), ctypes.c_void_p(stream.cuda_stream))
+        stream.synchronize()
+        said = library.complaints().decode().strip()
+        library.close_engine(opened)
+        if REFUSES_GPU.search(said):
+            pytest.skip(said)
+        assert ran and not said, said
+
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [decoder, bert])
+def test_engines_compute_what_the_graph_does(make, build_engine, run_engine, tmp_path):
+    captured = capture(*make(), TWO_EDGES)
+    form.write(captured, tmp_path / "model.onnx", room=100)
+    for row in json.loads(form.profiles_path(tmp_path / "model.onnx").read_text()):
+        args, inputs = captured.inputs_at(next(iter(row["shapes"].values()))["opt"][1])
+        with torch.no_grad():
+            theirs, dense = (program.module()(*args, **inputs) for program in (captured.program, captured.dense))
+        ours = {name: torch.full(x.shape, torch.nan, device="cuda") for name, x in theirs.items()}
+        given = {name: x.contiguous().cuda() for name, x in inputs.items()}
+        run_engine(build_engine(tmp_path, row).read_bytes(), given, ours)
+        for name, x in ours.items():
+            assert_is_the_graph(x.cpu(), theirs[name], dense[name])
+    assert (theirs[name] - dense[name]).abs().max() > 1e-3  # the twin: something was dropped
