@@ -37,6 +37,7 @@ int main(int, char** argv) {
         return 1;
     }
     auto* config = builder->createBuilderConfig();
+    config->clearFlag(nvinfer1::BuilderFlag::kTF32);  // what engines compute is compared with float32
     auto* profile = builder->createOptimizationProfile();
     std::ifstream lines(argv[2]);
     for (std::string name, least, usual, most; lines >> name >> least >> usual >> most;) {
