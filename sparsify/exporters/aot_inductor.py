@@ -8,7 +8,8 @@ package, so a package is as fast as the compiled model, and the table of buckets
 Inductor makes for a CPU, it is for processors like the one it was compiled on.
 
 On CUDA there is a model for each bucket in the package (buckets.py): "bucket00" for the first, "bucket01" and so on.
-`load` takes the one of each call; elsewhere whoever loads the package does, by the buckets in its sparsify.json. No
+`load` takes the one of each call; elsewhere whoever loads the package does, by the buckets in its sparsify.json. Calls
+with few queries belong to a dense one: selection would read as many keys as attention does. No
 name begins another: torch 2.11 takes all files whose path begins with the name, so "model" would run "model_bucket2".
 """
 
@@ -185,7 +186,7 @@ def load(path: Path) -> Runner:
     ends = len(models) > 1 or (contents.buckets and contents.buckets[-1][1] is not None)
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
-        place = contents.bucket_of(args, kwargs) if ends else 0
+        place = contents.program_of(args, kwargs) if ends else 0
         model = models[_name(place, len(models))]
         return [x for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
 

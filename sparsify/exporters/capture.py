@@ -41,6 +41,7 @@ class Captured:
     plan        the plan, equal neighbouring buckets joined
     args, kwargs  example inputs, as the program takes them
     key_length  the key length of the sites with a table, in the program's symbols; None: no site has one
+    query_length  the query length of those sites, where key_length is not None
     buckets     the buckets that calls of the program can reach: those of the plan, cut at the range of the key length
     """
 
@@ -51,6 +52,7 @@ class Captured:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     key_length: sympy.Expr | None
+    query_length: sympy.Expr | None
     buckets: tuple[Bucket, ...]
 
     def inputs_at(self, length: int | None = None,
@@ -91,8 +93,8 @@ def capture(model: nn.Module, inputs: Any, plan: Any = None, dynamic_shapes: Any
                               "plan=sparsify.Plan.dense() exports the model without it.")
     chosen.refuse_other_graph(site_shapes([records]))
     program = _program(dense, graph)
-    length = _key_length(program.graph)
-    return Captured(program, dense, tuple(records), chosen.merged(), args, kwargs, length,
+    length, queries = _lengths(program.graph)
+    return Captured(program, dense, tuple(records), chosen.merged(), args, kwargs, length, queries,
                     _reachable(chosen.merged(), program, length))
 
 
@@ -229,12 +231,12 @@ def _plain(x: Any) -> Any:
     return x
 
 
-def _key_length(graph: fx.Graph) -> sympy.Expr | None:
-    """The key length that decides over buckets: of most of the sites with a table."""
-    lengths = [expression(node.args[1].meta["val"].shape[2])
-               for node in graph.find_nodes(op="call_function", target=PLANNED)]
-    lengths = [length for length in lengths if length.free_symbols]
-    return max(lengths, key=lengths.count, default=None)
+def _lengths(graph: fx.Graph) -> tuple[sympy.Expr, sympy.Expr] | tuple[None, None]:
+    """The key length that decides over buckets and the query length: those of most of the sites with a table."""
+    found = [tuple(expression(x.meta["val"].shape[2]) for x in (node.args[1], node.args[0]))
+             for node in graph.find_nodes(op="call_function", target=PLANNED)]
+    found = [lengths for lengths in found if lengths[0].free_symbols]
+    return max(found, key=found.count, default=(None, None))
 
 
 def _reachable(plan: Plan, program: ExportedProgram, length: sympy.Expr | None) -> tuple[Bucket, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsify import __version__
 from sparsify.errors import ExportError, OptionError, PlanError
 from sparsify.exporters.capture import Captured, solve_size
+from sparsify.ops.planned import FEW_QUERIES
 from sparsify.ops.version import VERSION
 from sparsify.passes.graph import expression
 from sparsify.passes.site import SiteRecord
@@ -27,7 +28,7 @@ from sparsify.tracing import describe
 
 NAME = "sparsify.json"
 """Name of the extra file, and of the key in ONNX metadata."""
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Contents:
     inputs      what it is called with
     ranges      the least and greatest value of every symbol in the sizes; None: no end
     key_length  the key length that chooses the bucket, in those symbols; None: no site has a table
+    query_length  the query length of sites with a table
     buckets     the ranges of key lengths, as far as they can be reached
     processor   instructions that machine code for a CPU may use; empty: the file holds none
     """
@@ -77,6 +79,7 @@ class Contents:
     inputs: tuple[Input, ...]
     ranges: Mapping[str, tuple[int, int | None]]
     key_length: str | None
+    query_length: str | None
     buckets: tuple[tuple[int, int | None], ...]
     processor: tuple[str, ...] = ()
     sparsify: str = __version__
@@ -90,8 +93,8 @@ class Contents:
         for symbol, bounds in captured.program.range_constraints.items():
             upper = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**48 else None
             ranges[str(symbol)] = (int(bounds.lower), upper)
-        length = None if captured.key_length is None else str(captured.key_length)
-        return cls(target, captured.plan, captured.records, _inputs(captured), ranges, length,
+        keys, queries = (None if x is None else str(x) for x in (captured.key_length, captured.query_length))
+        return cls(target, captured.plan, captured.records, _inputs(captured), ranges, keys, queries,
                    tuple((bucket.lo, bucket.hi) for bucket in captured.buckets))
 
     def to_json(self) -> str:
@@ -118,8 +121,8 @@ class Contents:
                        tuple(SiteRecord(**{**site, "depends": tuple(site["depends"])}) for site in data["sites"]),
                        tuple(Input(**{**x, "sizes": tuple(x["sizes"])}) for x in data["inputs"]),
                        {name: (low, high) for name, (low, high) in data["ranges"].items()}, data["key_length"],
-                       tuple((lo, hi) for lo, hi in data["buckets"]), tuple(data["processor"]), data["sparsify"],
-                       data["torch"], data["ops"])
+                       data["query_length"], tuple((lo, hi) for lo, hi in data["buckets"]), tuple(data["processor"]),
+                       data["sparsify"], data["torch"], data["ops"])
         except (KeyError, TypeError, ValueError, PlanError) as error:
             raise ExportError(f"{where}: its {NAME} cannot be read ({type(error).__name__}: {error}). Export the model "
                               "again.") from error
@@ -133,8 +136,12 @@ class Contents:
         return (tuple(tensor for x, tensor in made if not x.keyword),
                 {x.name: tensor for x, tensor in made if x.keyword})
 
-    def bucket_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-        """Number of the bucket that a call is in. Raises OptionError for a key length that the file does not take."""
+    def program_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """Which program a call runs, in a file with one for each bucket.
+
+        That of its bucket; with few queries (`planned.FEW_QUERIES`) the first that drops nothing, if there is one.
+        Raises OptionError for a key length that the file does not take.
+        """
         if self.key_length is None:
             return 0
         given = [x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor)]
@@ -143,12 +150,17 @@ class Contents:
             for expr, size in zip(known.sizes, tensor.shape, strict=True):
                 if not isinstance(expr, int) and parse_size(expr).is_Symbol:
                     values[expr] = size
-        length = int(parse_size(self.key_length).subs(values))
+        length, queries = (int(parse_size(x).subs(values)) for x in (self.key_length, self.query_length or "0"))
         for place, (lo, hi) in enumerate(self.buckets):
             if lo <= length and (hi is None or length < hi):
-                return place
+                return place if queries > FEW_QUERIES or self._exact_program is None else self._exact_program
         raise OptionError(f"the call has a key length of {length} and the file takes them from {self.buckets[0][0]} to "
                           f"{'any' if self.buckets[-1][1] is None else self.buckets[-1][1] - 1}.")
+
+    @functools.cached_property
+    def _exact_program(self) -> int | None:
+        dense = (place for place, (lo, _) in enumerate(self.buckets) if self.plan.bucket_of(lo).is_dense)
+        return next(dense, None)
 
     def _values(self, length: int | None, batch: int) -> dict[str, int]:
         rows = {str(symbol) for x in self.inputs for symbol in parse_size(x.sizes[0] if x.sizes else 1).free_symbols}

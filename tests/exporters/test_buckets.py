@@ -74,7 +74,7 @@ def test_each_program_is_the_table_in_its_bucket(masked):
         assert len(program.graph.find_nodes(op="call_function", target=PACKED)) == (place > 0)
         args, _ = captured.inputs_at(at)
         torch.testing.assert_close(program.module()(*args), captured.program.module()(*args), rtol=1e-4, atol=1e-5)
-        assert contents.bucket_of(args, {}) == place
+        assert contents.program_of(args, {}) == place
         assert str(program.range_constraints) == str(captured.program.range_constraints)
 
 
@@ -96,12 +96,37 @@ def test_sites_that_cannot_be_packed_are_named():
     assert "heads of 136 in torch.float32" in buckets.needs_sparsify(wide)[0]
 
 
+class Cached(Attend):
+    """The last of the tokens attend to those of a cache, too."""
+
+    def forward(self, x, past):
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        k, v = (torch.cat([past, part], 2) for part in (k, v))
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past.shape[2])
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
+
+
+def test_a_call_with_few_queries_runs_a_program_that_drops_nothing():
+    given = torch.randn(1, 40, 32), torch.randn(1, 4, 200, 8)
+    shapes = [{1: Dim("new", max=500)}, {2: Dim("past", max=500)}]
+    contents = Contents.of(capture(Cached(), given, SMALL, shapes), "aot_inductor")
+    assert contents.query_length == contents.inputs[0].sizes[1]
+
+    def program(queries, past, contents=contents):
+        return contents.program_of((torch.empty(1, queries, 32), torch.empty(1, 4, past, 8)), {})
+
+    assert [program(queries, 200) for queries in (1, 32, 33, 300)] == [0, 0, 2, 2]
+    assert [program(queries, 110) for queries in (10, 32, 33)] == [0, 0, 1]
+    sparse = Plan((Bucket(1, 200, Budget(0.1)), Bucket(200, None, Budget(0.4))))
+    assert program(1, 200, Contents.of(capture(Cached(), given, sparse, shapes), "aot_inductor")) == 1
+
+
 def test_a_call_beyond_the_last_bucket_is_refused():
     captured = capture(Attend(), torch.randn(2, 150, 32), SMALL, [{1: Dim("length", max=1000)}])
     contents = Contents.of(captured, "aot_inductor")
-    assert contents.bucket_of((torch.empty(1, 1000, 32),), {}) == 2
+    assert contents.program_of((torch.empty(1, 1000, 32),), {}) == 2
     with pytest.raises(OptionError, match="key length of 1001"):
-        contents.bucket_of((torch.empty(1, 1001, 32),), {})
+        contents.program_of((torch.empty(1, 1001, 32),), {})
 
 
 @ON_CPU
