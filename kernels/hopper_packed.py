@@ -13,6 +13,7 @@ Python. Lists are not cut into pieces (splits.py) where query blocks are few.
 Source: hopper_select.py and hopper.py, whose kernels run here.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,8 +60,8 @@ DECLARATIONS = {
 
 @torch.library.register_fake("sparsify::hopper_peaks")
 def _(q, vectors, whole, key_mask, counts, units, kv_len, causal_offset, scale, singles, kernel):
-    blocks = count_blocks(q.shape[2], QUERY_BLOCK), count_blocks(kv_len, KEY_BLOCK)
-    return q.new_empty(*q.shape[:2], *blocks, dtype=torch.float32)
+    B, H, L, _ = q.shape
+    return q.new_empty(B * H * count_blocks(L, QUERY_BLOCK) * count_blocks(kv_len, KEY_BLOCK), dtype=torch.float32)
 
 
 @torch.library.register_fake("sparsify::hopper_attention")
@@ -177,15 +178,15 @@ def packed_attention_on_hopper(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor
     masks = 1 if key_mask is None else key_mask.shape[0]
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(*sizes, dtype=dtype, device=q.device)
+        """Flat, as in packed.py: strides that are asked whether a number of blocks is 1 would fix the answer."""
+        return torch.empty(math.prod(sizes), dtype=dtype, device=q.device)
 
     # Where a flag says that a tensor is absent, another stands in its place: one of its own, as in packed.py.
     absent = [empty(1, dtype=torch.int32) for _ in range(4)]
     shown = absent[0] if key_mask is None else key_mask.contiguous()
     mask_strides = (0 if masks == 1 else S, 1)
-    ranges, units = empty(B * Hkv, 3, D), empty(B * Hkv, 2)
-    vectors = empty(B * Hkv * (singles + 2) * room, D, dtype=torch.float8_e4m3fn)
-    whole = empty(B * Hkv * room * KEY_BLOCK, D, dtype=torch.float8_e4m3fn)
+    ranges, units = empty(B, Hkv, 3, D), empty(B, Hkv, 2)
+    vectors, whole = (empty(B * Hkv, rows, room, D, dtype=torch.float8_e4m3fn) for rows in (singles + 2, KEY_BLOCK))
     counts = empty(masks, room, dtype=torch.int32)
     wrap_triton(hopper_select._sample_keys.kernel)[(D // hopper_select.CHANNELS, B * Hkv)](
         k, shown, ranges, *k.stride(), *mask_strides, S, Hkv, count_blocks(S, hopper_select.SAMPLES),

@@ -139,24 +139,24 @@ public:
     }
 
     // A tensor for the copy engine, whose sizes and strides follow it.
-    void describe(const View& x) {
+    void describe(const View& x) { describe(x.data, x.sizes, x.strides); }
+    void describe(void* data, const std::vector<int64_t>& own_sizes, std::vector<int64_t> own) {
         const Box& box = kernel.boxes[boxes++];
         int rank = box.rank;
         uint64_t sizes[4], strides[4];  // the engine's order: the last dimension first, and its stride left out
         uint32_t box_sizes[4], steps[4] = {1, 1, 1, 1};
-        std::vector<int64_t> own = x.strides;
         for (int d = 0; d < rank; d++) {
             // The stride of a dimension of size 1 means nothing to torch, but the engine checks it.
-            if (x.sizes[d] == 1) own[d] = d + 1 < rank ? box.sizes[rank - 1] : 1;
-            sizes[rank - 1 - d] = x.sizes[d], box_sizes[rank - 1 - d] = box.sizes[d];
+            if (own_sizes[d] == 1) own[d] = d + 1 < rank ? box.sizes[rank - 1] : 1;
+            sizes[rank - 1 - d] = own_sizes[d], box_sizes[rank - 1 - d] = box.sizes[d];
             if (d + 1 < rank) strides[rank - 2 - d] = own[d] * box.element_bytes;
         }
         constexpr int NO_INTERLEAVE = 0, PROMOTE_128_BYTES = 2, FILL_WITH_ZEROS = 0;
         auto& map = values.emplace_back();
-        driver().check(driver().encode(&map, box.element_type, rank, x.data, sizes, strides, box_sizes, steps,
+        driver().check(driver().encode(&map, box.element_type, rank, data, sizes, strides, box_sizes, steps,
                                        NO_INTERLEAVE, box.swizzle, PROMOTE_128_BYTES, FILL_WITH_ZEROS),
                        "cuTensorMapEncodeTiled");
-        for (int d = 0; d < rank; d++) pass(int32_t(x.sizes[d]));
+        for (int d = 0; d < rank; d++) pass(int32_t(own_sizes[d]));
         for (int d = 0; d < rank; d++) pass(own[d]);
     }
 
@@ -197,24 +197,23 @@ struct Addressable {
 
 int64_t count_blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
-// Peaks of all key blocks; everything but q as hopper_packed.py has made it.
+// Peaks of all key blocks, [B, H, query blocks, key blocks] and flat, as all that hopper_packed.py has made.
 AtenTensorHandle estimate(AtenTensorHandle q, const View& vectors, const View& whole, const View* key_mask,
                           const View& counts, const View& units, int64_t kv_len, const int64_t* causal_offset,
                           double scale, int64_t singles, int64_t number) {
     Addressable queries(q, 16);
     const View& x = queries.view;
-    int64_t batch = x.sizes[0], heads = x.sizes[1], length = x.sizes[2], kv_heads = units.sizes[0] / batch;
-    int64_t query_blocks = count_blocks(length, ROWS), key_blocks = count_blocks(kv_len, KEYS);
+    int64_t batch = x.sizes[0], heads = x.sizes[1], length = x.sizes[2], dim = x.sizes[3];
+    int64_t kv_heads = units.numel() / 2 / batch, query_blocks = count_blocks(length, ROWS);
+    int64_t key_blocks = count_blocks(kv_len, KEYS);
     int64_t room = count_blocks(key_blocks, CHUNK) * CHUNK, blocks = batch * heads * query_blocks;
     Launch launch(number, x.device);
     int64_t programs = launch.programs(blocks, PEAK_PROGRAMS);
-    Handle out{empty(x, aoti_torch_dtype_float32(), {batch, heads, query_blocks, key_blocks},
-                     {heads * query_blocks * key_blocks, query_blocks * key_blocks, key_blocks, 1})};
-    Handle scratch{empty(x, aoti_torch_dtype_bfloat16(), {programs, room * ROWS}, {room * ROWS, 1})};
+    Handle out{empty(x, aoti_torch_dtype_float32(), {blocks * key_blocks}, {1})};
+    Handle scratch{empty(x, aoti_torch_dtype_bfloat16(), {programs * room * ROWS}, {1})};
     bool by_row = key_mask && key_mask->sizes[0] > 1;
     launch.pass(x.data);
-    launch.describe(vectors);
-    launch.describe(whole);
+    for (const View* rows : {&vectors, &whole}) launch.describe(rows->data, {rows->numel() / dim, dim}, {dim, 1});
     launch.pass(key_mask ? key_mask->data : counts.data);
     launch.pass(counts.data);
     launch.pass(units.data);
@@ -239,7 +238,8 @@ AtenTensorHandle attend(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle
     const View& x = queries.view;
     int64_t batch = x.sizes[0], heads = x.sizes[1], length = x.sizes[2], kv_heads = keys.view.sizes[1];
     int64_t kv_len = keys.view.sizes[2], query_blocks = count_blocks(length, ROWS);
-    int64_t blocks = batch * heads * query_blocks;
+    int64_t key_blocks = count_blocks(kv_len, KEYS), blocks = batch * heads * query_blocks;
+    int64_t facts = 3 * (key_blocks + TILE);  // of one row of a key mask
     Handle out{empty_out(x, values.view)};
     Handle lse{empty(x, aoti_torch_dtype_float32(), {batch, heads, length}, {heads * length, length, 1})};
     Launch launch(number, x.device);
@@ -251,7 +251,7 @@ AtenTensorHandle attend(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle
     launch.pass(kept.data);
     launch.pass(queue.data);
     launch.pass<void*>(static_cast<int32_t*>(cursors.data) + LEVELS);
-    launch.pass_numbers({blocks, kept.sizes[3] / TILE, query_blocks, heads, heads / kv_heads, length, kv_len,
+    launch.pass_numbers({blocks, count_blocks(key_blocks, TILE) + 1, query_blocks, heads, heads / kv_heads, length, kv_len,
                          causal_offset ? *causal_offset : kv_len});
     launch.pass(float(scale * LOG2_E));
     launch.pass_numbers({0});          // no window
@@ -262,7 +262,7 @@ AtenTensorHandle attend(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle
     launch.pass(0.0f);                 // nor a cap
     launch.pass(x.data);               // nor sinks
     launch.pass(key_facts ? key_facts->data : queue.data);
-    launch.pass_numbers({key_facts && key_facts->sizes[0] > 1 ? key_facts->strides[0] : 0});
+    launch.pass_numbers({key_facts && key_facts->numel() > facts ? facts : 0});
     launch.pass(queue.data);
     launch.pass_numbers({0});
     launch.run(launch.programs(blocks, 1));

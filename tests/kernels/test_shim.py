@@ -8,6 +8,7 @@ import torch
 
 from sparsify import ops
 from sparsify.kernels import native
+from tests.kernels.handles import Arguments, returned
 from tests.numerics import assert_as_good_as_torch
 from tests.ops.cases import EXTRAS, MASKS, Case, plain_attention
 
@@ -21,49 +22,16 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(native.shim(shared=True)))
 
 
-# torch hands handles out as capsules.
-pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
-pointer_in.restype, pointer_in.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-capsule_of = ctypes.pythonapi.PyCapsule_New
-capsule_of.restype, capsule_of.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-
-
-class Arguments:
-    """Arguments as AOTInductor's code passes them, alive until the call is over."""
-
-    def __init__(self) -> None:
-        self.alive: list = []
-
-    def tensor(self, x):
-        (capsule,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([x])
-        self.alive += [x, capsule]
-        return ctypes.c_void_p(pointer_in(capsule, None))
-
-    def optional(self, value, kind):
-        if value is None:
-            return ctypes.c_void_p()
-        holder = self.tensor(value) if kind is None else kind(value)
-        self.alive.append(holder)
-        return ctypes.byref(holder)
-
-    def column(self, numbers, kind):
-        array = (kind * len(numbers))(*numbers)
-        self.alive.append(array)
-        return array, ctypes.c_int64(len(numbers))
-
-    def attention(self, case: Case) -> list:
-        m = case.masks
-        return [*map(self.tensor, case.qkv), ctypes.c_double(case.scale),
-                *(self.optional(x, ctypes.c_int64) for x in (m.causal_offset, m.window)),
-                *(self.optional(x, None) for x in (m.key_mask, m.query_documents, m.key_documents, m.attn_mask)),
-                ctypes.c_double(m.softcap), self.optional(m.sink_logits, None)]
+def arguments_of(given: Arguments, case: Case) -> list:
+    m = case.masks
+    return [*map(given.tensor, case.qkv), ctypes.c_double(case.scale),
+            *(given.optional(x, ctypes.c_int64) for x in (m.causal_offset, m.window)),
+            *(given.optional(x, None) for x in (m.key_mask, m.query_documents, m.key_documents, m.attn_mask)),
+            ctypes.c_double(m.softcap), given.optional(m.sink_logits, None)]
 
 
 def call(name: str, *arguments) -> torch.Tensor:
-    result = ctypes.c_void_p()
-    assert getattr(library(), f"aoti_torch_cpu_{name}")(*arguments, ctypes.byref(result)) == 0
-    (out,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([capsule_of(result, None, None)])
-    return out
+    return returned(getattr(library(), f"aoti_torch_cpu_{name}"), *arguments)
 
 
 def planned(case: Case, edges, shifts=None, protected=None) -> torch.Tensor:
@@ -75,7 +43,7 @@ def planned(case: Case, edges, shifts=None, protected=None) -> torch.Tensor:
         holder = ctypes.cast(given.column(shifts, ctypes.c_double)[0], ctypes.c_void_p)
         given.alive.append(holder)
         factors = ctypes.byref(holder)
-    return call("planned_attention", *given.attention(case), *given.column(edges, ctypes.c_int64), *columns,
+    return call("planned_attention", *arguments_of(given, case), *given.column(edges, ctypes.c_int64), *columns,
                 ctypes.c_int64(0), ctypes.c_int64(ops.VERSION), factors, ctypes.c_int64(len(shifts or ())),
                 given.optional(protected, None))
 
@@ -99,7 +67,7 @@ def test_the_shim_is_the_op(shape, dtype, poisoned_memory):
     dense = planned(case, [10_000, 20_000])
     assert_as_good_as_torch(dense, plain_attention(case), exact, case.units)
     given = Arguments()
-    assert torch.equal(call("exact_attention", *given.attention(case), ctypes.c_int64(ops.VERSION)), dense)
+    assert torch.equal(call("exact_attention", *arguments_of(given, case), ctypes.c_int64(ops.VERSION)), dense)
 
 
 def test_blocks_are_dropped(rng):
