@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparsify.kernels import hopper_native
 from sparsify.kernels.attend import positive_scale
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, TILE, count_blocks
 from sparsify.kernels.every import every_block
@@ -39,13 +40,16 @@ from sparsify.kernels.splits import cut_lists, merge_pieces, room_for, units_for
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, *, scale: float,
                            masks: Masks) -> tuple[Tensor, Tensor]:
     """Launch `_block_sparse_attention`; arguments as above, covered by `why_not`."""
+    wanted = _units_for(q, k)
+    if not wanted:
+        out, lse = _outputs(q, v)
+        if hopper_native.attend_lists(q, k, v, kept, counts, out, lse, scale=scale, masks=masks):
+            return out, lse
     extras, _ = score_arguments(masks, q)
     kind = kind_of(q, v, masks, *extras[5:10])
     pair_capacity = kept.shape[3] // kind.tile
     kept_pairs = kept if kind.tile == 1 else kept.view(torch.int64)
-    wanted = _units_for(q, k)
     if not wanted:
-        out, lse = _outputs(q, v)
         _launch(q, k, v, describe(out), lse, kept_pairs, pair_capacity, *fill_queue(counts, pair_capacity, kind.tile),
                 kind, scale, masks, extras)
         return out, lse

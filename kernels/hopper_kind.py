@@ -5,8 +5,10 @@
     errors    none: `hopper_coverage.why_not` says which calls there is no kernel for
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from sparsify.kernels.blocks import TILE
@@ -64,3 +66,11 @@ def kind_of(q: Tensor, v: Tensor, masks: Masks, mask: Tensor, stride_mb: int, st
                 documents=documents, has_mask=has_mask, has_bias=has_bias, pair_bytes=pair_bytes, capped=capped,
                 sinks=masks.sink_logits is not None, noted=key_mask or window or documents or tile == 1,
                 rescores=capped or has_bias, walks_all=False, in_pieces=False)
+
+
+@lru_cache
+def plain_kind(dim: int, value_dim: int, has_key_mask: bool) -> Kind:
+    """The kernel over lists for heads of these dims, under causality and perhaps a key mask."""
+    q, v = (torch.empty(1, 1, 1, size, device="meta") for size in (dim, value_dim))
+    kind = kind_of(q, v, Masks(causal_offset=0), q, 0, 0, 0, 0)
+    return replace(kind, key_mask=has_key_mask, noted=kind.noted or has_key_mask)

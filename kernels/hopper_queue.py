@@ -23,7 +23,6 @@ NUM_WARPS = 16
 def _fill_queue(counts, queue, cursors, rows, pair_capacity, LEVELS: tl.constexpr, CHUNK: tl.constexpr,
                 TILE: tl.constexpr):
     """Counting sort of all query blocks, longest list first; behind the cursors lies the queue's counter."""
-    rows, pair_capacity = tl.full((), rows, tl.int32), tl.full((), pair_capacity, tl.int32)  # they may come as int64
     levels = tl.arange(0, LEVELS)
     population = tl.zeros([LEVELS], tl.int32)
     for start in range(0, rows, CHUNK):

@@ -48,7 +48,7 @@ class Launched:
         if self._is_compiled and _COMPILES_ONLY.get():
             self.kernel.warmup(*args, grid=grid, **keywords)
             return
-        if not self._is_direct or _is_watched():
+        if not self._is_direct or is_watched():
             self.kernel[grid](*args, **keywords)
             return
         device = torch.cuda.current_device()
@@ -95,6 +95,11 @@ def compiling_ahead() -> Iterator[None]:
             _COMPILES_ONLY.reset(token)
 
 
+def is_only_compiling() -> bool:
+    """Whether this is inside `compiling_ahead`."""
+    return _COMPILES_ONLY.get()
+
+
 def describe_arguments(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
     """Kinds of arguments, equal only if Triton compiles one kernel for both; and the arguments, tensors as addresses.
 
@@ -121,7 +126,7 @@ def describe_arguments(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
     return kinds, values
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody wants to hear of launches, as a profiler of Triton's does."""
     hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return any(hook is not None and bool(getattr(hook, "calls", True)) for hook in hooks)

@@ -32,8 +32,9 @@ from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, block_bias, block_ki
 from sparsify.kernels.masks import Masks
 
 log = logging.getLogger("sparsify")
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "products.h")]
-SHIM = [Path(__file__).with_name(name) for name in ("shim.cpp", "handles.h")]
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / name for name in ("native.cpp", "products.h")]
+SHIM = [FOLDER / name for name in ("shim.cpp", "handles.h")]
 # Not -ffast-math: as a shared library it would switch denormals off for the whole process.
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-std=c++17",
          "-fPIC"]
@@ -212,7 +213,7 @@ def _library() -> ctypes.CDLL | None:
 
 def build(*flags: str) -> ctypes.CDLL | None:
     """The library with more flags than usual."""
-    library = _built(SOURCES, ["-shared", *flags], "native", ".so", lambda path: ctypes.CDLL(str(path)))
+    library = built(SOURCES, ["-shared", *flags], "native", ".so", lambda path: ctypes.CDLL(str(path)))
     if library is not None:
         library.summary_floats.restype = ctypes.c_int64
         library.summary_floats.argtypes = [ctypes.c_int64] * 3
@@ -227,7 +228,7 @@ def shim(*, shared: bool = False) -> Path | None:
     torch_root = Path(torch.__file__).parent
     flags = ["-fvisibility=hidden", f"-I{torch_root / 'include'}"]
     flags += ["-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"] if shared else ["-c"]
-    return _built([*SHIM, *SOURCES], flags, "shim", ".so" if shared else ".o", lambda path: path)
+    return built([*SHIM, *SOURCES], flags, "shim", ".so" if shared else ".o", lambda path: path)
 
 
 def build_object(source: str, target: Path) -> Path | None:
@@ -237,7 +238,7 @@ def build_object(source: str, target: Path) -> Path | None:
         return None
     code = target.with_suffix(".cpp")
     code.write_text(source)
-    folders = [Path(__file__).parent, Path(torch.__file__).parent / "include"]
+    folders = [FOLDER, Path(torch.__file__).parent / "include"]
     _build([compiler, "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", *(f"-I{folder}" for folder in folders), "-c",
             str(code)], target)
     return target
@@ -247,10 +248,10 @@ def _compiler() -> str | None:
     return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
 
 
-def _built(sources: Sequence[Path], flags: Sequence[str], name: str, suffix: str,
+def built(sources: Sequence[Path], flags: Sequence[str], name: str, suffix: str,
            opened: Callable[[Path], Opened]) -> Opened | None:
     """The file that the compiler makes of the first source, from the cache or built now; None where it cannot be
-    built, or opened."""
+    built, or opened. Its name in the cache changes with all sources and flags."""
     compiler = _compiler()
     if compiler is None:
         return None

@@ -444,8 +444,13 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
     kinds = single_count = rest_count = None
     count_stride = 0
     if runs_on_hopper(q, k, masks, singles):
-        from sparsify.kernels import hopper_select  # Gluon: not for Triton's interpreter
+        from sparsify.kernels import hopper_native, hopper_select  # Gluon: not for Triton's interpreter
 
+        lists = None if shifts is not None or protected is not None else hopper_native.select_blocks(
+            q, k, scale=scale, masks=masks, tolerance=tolerance, max_density=max_density, sinks=sinks, local=local,
+            singles=singles)
+        if lists is not None:
+            return lists
         peaks = hopper_select.estimated_peaks(q, k, scale=scale, masks=masks, singles=singles)
         if masks.key_mask is not None:
             single_count = rest_count = visible_keys(masks.key_mask, S, q.device).int()

@@ -32,7 +32,7 @@ BARRED = ("window", "query_documents", "key_documents", "attn_mask", "sink_logit
 def program_for(captured: Captured, bucket: Bucket | None, kernels: list[Any]) -> ExportedProgram:
     """The program for calls in this bucket; None: it has only one.
 
-    Adds to `kernels` those of hopper_packed.py that it calls, by their place there.
+    Adds to `kernels` those of hopper_packed.py that its sites call.
     """
     from sparsify.kernels import packed  # noqa: F401  # Triton: the op is defined when a package for CUDA is written
 
@@ -85,20 +85,23 @@ def _write(graph: fx.Graph, given: dict[str, Any], bucket: Bucket | None, kernel
     arguments = (given["q"], given["k"], given["v"], given["key_mask"], given["scale"], given["causal_offset"],
                  *columns)
     found = _kernels_of(given, columns[-1], bucket)
-    if not found:
+    if found is None:
         return graph.call_function(torch.ops.sparsify.packed_attention.default, arguments)
-    kernels += [kernel for kernel in found if kernel not in kernels]
+    from sparsify.kernels import hopper_packed
+
+    if found not in kernels:
+        kernels.append(found)
     return graph.call_function(torch.ops.sparsify.packed_attention_on_hopper.default,
-                               (*arguments, *map(kernels.index, found)))
+                               (*arguments, hopper_packed.first_kernel(kernels, found)))
 
 
-def _kernels_of(given: dict[str, Any], singles: int, bucket: Bucket | None) -> tuple[Any, ...]:
-    """The kernels for Hopper of this site; none if it is left to plain Triton."""
+def _kernels_of(given: dict[str, Any], singles: int, bucket: Bucket | None) -> Any:
+    """The kernels for Hopper of this site; None if it is left to plain Triton."""
     from sparsify.kernels.launch import is_hopper  # Triton, as above
 
     q, v = (given[name].meta["val"] for name in "qv")
     if bucket is None or bucket.lo < KEY_BLOCK or not is_hopper(q.device):
-        return ()
+        return None
     from sparsify.kernels import hopper_packed  # Gluon: not for Triton's interpreter
 
     return hopper_packed.kernels_for(q, v, given["key_mask"] is not None, singles)

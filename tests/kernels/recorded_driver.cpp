@@ -1,24 +1,39 @@
-// A CUDA driver that runs nothing and keeps what it was given: the launches of hopper_shim.cpp, on a machine without a
-// GPU. Loaded under the name that the shim looks for.
+// A CUDA driver that runs nothing and keeps what it was given: the launches of hopper_calls.h, on a machine without a
+// GPU. Loaded under the name that they look for.
 
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <string>
+#include <vector>
 
 namespace {
-constexpr int MOST = 128;
-int sizes[MOST], count = 0;                // of the parameters of the next launch
-unsigned char parameters[MOST][128];       // of the last launch
-unsigned grid = 0, threads = 0, shared = 0;
+
+using Parameter = std::array<unsigned char, 128>;
+
+struct Launched {
+    std::string name;
+    std::vector<Parameter> parameters;
+    unsigned grid[2], threads, shared;
+};
+
+std::map<std::string, std::vector<int>> sizes;  // of the parameters of each kernel
+std::vector<Launched> launches;
+std::map<const void*, std::string> names;  // of functions, which are what modules are: images
+
 }  // namespace
 
 extern "C" {
-void expect(const int* wanted, int number) {
-    std::memcpy(sizes, wanted, number * sizeof(int));
-    count = number;
-}
-void recorded(unsigned char* copy, unsigned* numbers) {
-    std::memcpy(copy, parameters, sizeof parameters);
-    numbers[0] = grid, numbers[1] = threads, numbers[2] = shared;
+
+void expect(const char* name, const int* wanted, int count) { sizes[name].assign(wanted, wanted + count); }
+int launched() { return int(launches.size()); }
+void forget() { launches.clear(); }
+const char* read_launch(int number, unsigned char* parameters, unsigned* numbers) {
+    const Launched& one = launches.at(number);
+    std::memcpy(parameters, one.parameters.data(), one.parameters.size() * sizeof(Parameter));
+    numbers[0] = one.grid[0], numbers[1] = one.grid[1], numbers[2] = one.threads, numbers[3] = one.shared;
+    return one.name.c_str();
 }
 
 int cuCtxGetDevice(int* device) { return *device = 0; }
@@ -30,9 +45,10 @@ int cuModuleLoadData(void** module, const void* image) {
     *module = const_cast<void*>(image);
     return std::memcmp(image, "\177ELF", 4) ? 200 : 0;
 }
-int cuModuleGetFunction(void** function, void* module, const char*) {
+int cuModuleGetFunction(void** function, void* module, const char* name) {
     *function = module;
-    return 0;
+    names[module] = name;
+    return sizes.count(name) ? 0 : 500;
 }
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuFuncSetCacheConfig(void*, int) { return 0; }
@@ -51,10 +67,11 @@ int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, co
     return 0;
 }
 
-int cuLaunchKernel(void*, unsigned x, unsigned, unsigned, unsigned width, unsigned, unsigned, unsigned bytes, void*,
-                   void** given, void**) {
-    grid = x, threads = width, shared = bytes;
-    for (int i = 0; i < count; i++) std::memcpy(parameters[i], given[i], sizes[i]);
+int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned, unsigned width, unsigned, unsigned,
+                   unsigned bytes, void*, void** given, void**) {
+    Launched one{names[function], {}, {x, y}, width, bytes};
+    for (int size : sizes[one.name]) std::memcpy(one.parameters.emplace_back().data(), *given++, size);
+    launches.push_back(one);
     return 0;
 }
 
@@ -63,4 +80,5 @@ int aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
     *stream = nullptr;
     return 0;
 }
+
 }

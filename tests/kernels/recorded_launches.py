@@ -1,8 +1,10 @@
-"""What hopper_shim.cpp launches on some calls, as JSON: `python -m tests.kernels.recorded_launches`, without Triton's
-interpreter and without a GPU. test_hopper_packed.py reads it.
+"""What hopper_calls.h launches, from Python and in a package, as JSON: `python -m tests.kernels.recorded_launches`,
+without Triton's interpreter and without a GPU. test_hopper_calls.py reads it.
 
-For each launch: its grid, threads and shared memory, what the machine code was compiled for, and every parameter by its
-name in the kernel, told apart by the types in its PTX.
+A list for each call: without a key mask, with one of all rows, with one for all; of every launch its grid, threads and
+shared memory, what its machine code was compiled for, and every parameter by its name in the kernel, told apart by the
+types in its PTX. Addresses are names of the call's tensors, or m0, m1 ... for memory in the order in which it is met;
+the counter that lies behind the cursors is called so.
 """
 
 import ctypes
@@ -16,58 +18,76 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sparsify.kernels import hopper_packed, native
+from sparsify.kernels import hopper_native, hopper_packed, hopper_queue, native
+from sparsify.kernels.masks import Masks
 from tests.kernels.handles import Arguments, returned
 
 HERE = Path(__file__).parent
 FORMATS = {"u64": "q", "u32": "i", "f32": "f"}
 SINGLES, B, H, HKV, L, S, D = 6, 2, 8, 2, 300, 500, 64
+SCALE, TOLERANCE, MAX_DENSITY, SINKS, LOCAL = 0.125, 0.03, 0.9, 1, 2
 
 
 def main() -> None:
-    """Print the launches of both kernels, without and with a key mask."""
-    told = []
-    with tempfile.TemporaryDirectory() as folder:
-        driver = build(Path(folder) / "libcuda.so.1", HERE / "recorded_driver.cpp", "-Wl,-soname,libcuda.so.1")
-        for masked in (False, True):
-            told += record(Path(folder), driver, masked)
+    """Print the launches."""
+    torch._C._cuda_getCurrentRawStream = lambda device: 0  # a torch for CPUs has no streams
+    told: dict[str, list[Any]] = {"python": [], "package": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        driver = build(folder / "libcuda.so.1", HERE / "recorded_driver.cpp", "-Wl,-soname,libcuda.so.1")
+        driver.read_launch.restype = ctypes.c_char_p
+        for rows in (0, B, 1):
+            tensors = made(rows)
+            sites = hopper_packed.kernels_for(tensors["q"], tensors["v"], rows > 0, SINGLES)
+            assert sites is not None
+            kernels = {kernel.metadata.name: kernel for some in sites for kernel in some.compiled()}
+            for kernel in kernels.values():
+                sizes = [128 if kind == "map" else struct.calcsize(FORMATS[kind]) for kind in types_of(kernel)]
+                driver.expect(kernel.metadata.name.encode(), (ctypes.c_int * len(sizes))(*sizes), len(sizes))
+            from_python(tensors)
+            told["python"].append(launches(driver, kernels, tensors))
+            in_package(folder / f"shim{rows}", tensors, hopper_packed.source([sites]))
+            del tensors["kept"], tensors["counts"], tensors["out"], tensors["lse"]
+            told["package"].append(launches(driver, kernels, tensors))
     json.dump(told, sys.stdout)
 
 
-def record(folder: Path, driver: ctypes.CDLL, masked: bool) -> list[dict[str, Any]]:
-    """Of one call of each kernel."""
+def made(mask_rows: int) -> dict[str, Tensor]:
+    """The tensors of a call."""
     rng = torch.Generator().manual_seed(0)
     q = torch.randn(B, L, H, D, generator=rng).bfloat16().transpose(1, 2)
     k, v = (torch.randn(B, HKV, S, D, generator=rng).bfloat16() for _ in range(2))
-    kernels = hopper_packed.kernels_for(q, v, masked, SINGLES)
-    source, torch_root = folder / f"shim{masked}.cpp", Path(torch.__file__).parent
-    source.write_text(hopper_packed.source(kernels))
-    shim = build(folder / f"shim{masked}.so", source, f"-I{Path(native.__file__).parent}",
-                 f"-I{torch_root / 'include'}", str(folder / "libcuda.so.1"), f"-L{torch_root / 'lib'}", "-ltorch_cpu",
-                 "-lc10")
+    masks = {"key_mask": torch.ones(mask_rows, S, dtype=torch.bool)} if mask_rows else {}
+    return {"q": q, "k": k, "v": v, **masks}
 
-    room, blocks = 32, 8
-    vectors, whole = (torch.zeros(B * HKV * rows * room * D, dtype=torch.uint8) for rows in (SINGLES + 2, 64))
-    counts, units = torch.zeros((2 if masked else 1) * room, dtype=torch.int32), torch.zeros(B * HKV * 2)
-    mask = torch.ones(2, S, dtype=torch.bool) if masked else None
-    kept = torch.zeros(B * H * 3 * (blocks + 2), dtype=torch.int32)
-    queue, cursors = torch.zeros(B * H * 3, dtype=torch.int64), torch.zeros(257, dtype=torch.int32)
-    facts = torch.zeros(2 * (blocks + 2) * 3, dtype=torch.int64) if masked else None
-    tensors = {"q": q, "k": k, "v": v, "vectors": vectors, "whole": whole, "counts": counts, "units_of_keys": units,
-               "key_mask": mask, "kept_pairs": kept, "queue": queue, "counter": cursors[256:], "key_facts": facts}
-    places = {x.data_ptr(): name for name, x in tensors.items() if x is not None}
 
-    given = Arguments()
-    offset = given.optional(S - L, ctypes.c_int64)
-    common = [offset, ctypes.c_double(0.125)]
-    peaks = [*map(given.tensor, (q, vectors, whole)), given.optional(mask, None), *map(given.tensor, (counts, units)),
-             ctypes.c_int64(S), *common, ctypes.c_int64(SINGLES), ctypes.c_int64(0)]
-    attention = [*map(given.tensor, (q, k, v, kept, queue, cursors)), given.optional(facts, None), *common,
-                 ctypes.c_int64(1)]
-    compiled = hopper_packed.compile_peaks(kernels[0]), hopper_packed.compile_attention(kernels[1])
-    calls = (shim.aoti_torch_cuda_hopper_peaks, peaks), (shim.aoti_torch_cuda_hopper_attention, attention)
-    return [launch(driver, *call, kernel, places) for call, kernel in zip(calls, compiled, strict=True)]
+def from_python(tensors: dict[str, Tensor]) -> None:
+    """Select and attend; what they make is added to the tensors."""
+    q, k, v = (tensors[name] for name in "qkv")
+    masks = Masks(S - L, key_mask=tensors.get("key_mask"))
+    out, lse = torch.empty(B, L, H, D, dtype=q.dtype).transpose(1, 2), torch.empty(B, H, L)
+    lists = hopper_native.select_blocks(q, k, scale=SCALE, masks=masks, tolerance=TOLERANCE, max_density=MAX_DENSITY,
+                                        sinks=SINKS, local=LOCAL, singles=SINGLES)
+    assert lists is not None
+    assert hopper_native.attend_lists(q, k, v, *lists, out, lse, scale=SCALE, masks=masks)
+    tensors |= {"kept": lists.kept, "counts": lists.counts, "out": out, "lse": lse}
+
+
+def in_package(folder: Path, tensors: dict[str, Tensor], source: str) -> None:
+    """The same call by the C function that AOTInductor calls."""
+    folder.mkdir()
+    code, torch_root = folder / "shim.cpp", Path(torch.__file__).parent
+    code.write_text(source)
+    shim = build(folder / "shim.so", code, f"-I{native.FOLDER}", f"-I{torch_root / 'include'}",
+                 str(folder.parent / "libcuda.so.1"), f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10")
+    given, number = Arguments(), ctypes.c_int64
+    out = returned(shim.aoti_torch_cuda_packed_attention_on_hopper, *(given.tensor(tensors[name]) for name in "qkv"),
+                   given.optional(tensors.get("key_mask"), None), ctypes.c_double(SCALE), given.optional(S - L, number),
+                   ctypes.c_double(TOLERANCE), ctypes.c_double(MAX_DENSITY), number(SINKS), number(LOCAL),
+                   number(SINGLES), number(0))
+    assert out.shape == (B, H, L, D) and out.stride() == tensors["out"].stride()
 
 
 def build(target: Path, source: Path, *flags: str) -> ctypes.CDLL:
@@ -76,31 +96,44 @@ def build(target: Path, source: Path, *flags: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)
 
 
-def launch(driver: ctypes.CDLL, function: Any, arguments: list[Any], compiled: Any,
-           places: dict[int, str]) -> dict[str, Any]:
-    """Call the C function and read what it launched."""
-    head, _ = compiled.asm["ptx"].split(".entry", 1)[1].split("\n{", 1)
-    types = ["map" if size else kind for kind, size in re.findall(r"\.param [^\n]*?\.(b8|u64|u32|f32) [^\n]*?"
-                                                                  r"_param_\d+(\[128\])?", head)]
-    sizes = [128 if kind == "map" else struct.calcsize(FORMATS[kind]) for kind in types]
-    driver.expect((ctypes.c_int * len(sizes))(*sizes), len(sizes))
-    out = returned(function, *arguments)
-    content, numbers = ctypes.create_string_buffer(128 * 128), (ctypes.c_uint * 3)()
-    driver.recorded(content, numbers)
-    names = names_of(compiled)
-    values: dict[str, Any] = {}
-    for i, (name, kind) in enumerate(zip(names, types, strict=True)):
-        raw = content.raw[128 * i: 128 * (i + 1)]
-        if kind == "map":
-            values[name] = list(struct.unpack("16Q", raw))
-            values[name][0] = places.get(values[name][0], "own")
-        else:
+def launches(driver: ctypes.CDLL, kernels: dict[str, Any], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """What the driver has kept, which it then forgets."""
+    known = {x.data_ptr(): name for name, x in tensors.items()}
+    told = []
+    for number in range(driver.launched()):
+        content, numbers = ctypes.create_string_buffer(128 * 128), (ctypes.c_uint * 4)()
+        kernel = kernels[driver.read_launch(number, content, numbers).decode()]
+        values: dict[str, Any] = {}
+        for i, (name, kind) in enumerate(zip(names_of(kernel), types_of(kernel), strict=True)):
+            raw = content.raw[128 * i: 128 * (i + 1)]
+            if kind == "map":
+                address, *facts = struct.unpack("16Q", raw)
+                values[name] = [known.setdefault(address, f"m{len(known) - len(tensors)}"), *facts]
+                continue
             (value,) = struct.unpack_from(FORMATS[kind], raw)
-            values[name] = places.get(value, value) if kind == "u64" else value
-    return {"kernel": compiled.metadata.name, "grid": numbers[0], "threads": numbers[1], "shared": numbers[2],
-            "compiled_threads": 32 * compiled.metadata.num_warps, "compiled_shared": compiled.metadata.shared,
-            "threads_of_code": int(head.split(".reqntid ", 1)[1].split()[0].strip(",")), "shape": list(out.shape),
-            "strides": list(out.stride()), "parameters": values}
+            is_address = kernel.src.signature.get(name, "").startswith("*")
+            if is_address:
+                behind = known.get(value - 4 * hopper_queue.LEVELS) if name == "counter" else None
+                value = f"{behind}, counter" if behind else known.setdefault(value, f"m{len(known) - len(tensors)}")
+            values[name] = value
+        told.append({"kernel": kernel.metadata.name, "grid": list(numbers[:2]), "threads": numbers[2],
+                     "shared": numbers[3], "compiled_threads": 32 * kernel.metadata.num_warps,
+                     "compiled_shared": kernel.metadata.shared,
+                     "threads_of_code": int(head_of(kernel).split(".reqntid ", 1)[1].split()[0].strip(",")),
+                     "parameters": values})
+    driver.forget()
+    return told
+
+
+def head_of(compiled: Any) -> str:
+    """What its PTX declares."""
+    return compiled.asm["ptx"].split(".entry", 1)[1].split("\n{", 1)[0]
+
+
+def types_of(compiled: Any) -> list[str]:
+    """Of the parameters: those of PTX, or "map"."""
+    found = re.findall(r"\.param [^\n]*?\.(b8|u64|u32|f32) [^\n]*?_param_\d+(\[128\])?", head_of(compiled))
+    return ["map" if size else kind for kind, size in found]
 
 
 def names_of(compiled: Any) -> list[str]:

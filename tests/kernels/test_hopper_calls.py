@@ -1,0 +1,149 @@
+"""hopper_calls.h launches what hopper_code.py compiles, with the parameters that the kernels have.
+
+And a package launches what Python does.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of these tests runs nothing"),
+              pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")]
+# As in recorded_launches.py, which does not import under Triton's interpreter.
+SINGLES, B, H, HKV, L, S, D = 6, 2, 8, 2, 300, 500, 64
+BLOCKS, ROOM, LOG2_E = 8, 32, 1.4426950408889634
+SIZES = {"query_blocks": 3, "H": H, "GROUP": H // HKV, "L": L, "S": S, "offset": S - L}
+KERNELS = ["_sample_keys", "_quantise_keys", "_estimate_peaks", "_pack_lists", "_fill_queue", "_gather_facts",
+           "_block_sparse_attention"]
+MASK_ROWS = [0, B, 1]
+OF_BYTES, OF_BFLOAT16, SWIZZLE_64, SWIZZLE_128 = 0, 9, 2, 3  # the driver's words
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, list[list[dict[str, Any]]]]:
+    """The launches of a call for each of MASK_ROWS, from Python and in a package."""
+    told = subprocess.run([sys.executable, "-m", "tests.kernels.recorded_launches"], capture_output=True, text=True,
+                          cwd=Path(__file__).resolve().parents[2], env={**os.environ, "TRITON_INTERPRET": "0"})
+    assert told.returncode == 0, told.stderr[-2000:]
+    return json.loads(told.stdout)
+
+
+@pytest.fixture(params=range(3), ids=["no key mask", "a key mask", "one key mask for all"])
+def call(recorded, request) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Rows of the key mask, and the launches from Python by kernel."""
+    launches = recorded["python"][request.param]
+    rows = MASK_ROWS[request.param]
+    assert [launch["kernel"] for launch in launches] == [x for x in KERNELS if rows or x != "_gather_facts"]
+    return rows, {launch["kernel"]: launch for launch in launches}
+
+
+def parameters(launch: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """Those of a launch, which are as expected as far as that says."""
+    given = launch["parameters"]
+    assert {name: given[name] for name in expected} == expected
+    return given
+
+
+def test_every_launch_is_that_of_its_machine_code(call):
+    for launch in call[1].values():
+        assert launch["threads"] == launch["compiled_threads"] == launch["threads_of_code"]
+        assert launch["shared"] == launch["compiled_shared"]
+        assert launch["parameters"]["scratch of Triton"] == launch["parameters"]["scratch of its profiler"] == 0
+
+
+def test_memory_goes_from_kernel_to_kernel(call):
+    rows, launches = call
+    sample, quantise, estimate, pack, fill, attend = (launches[x]["parameters"] for x in KERNELS if x != KERNELS[5])
+    assert sample["ranges"] == quantise["ranges"]
+    assert quantise["vectors"] == estimate["vectors"][0] and quantise["whole"] == estimate["whole"][0]
+    assert quantise["counts"] == estimate["counts"] and quantise["units"] == estimate["units_of_keys"]
+    assert estimate["peaks"] == pack["peaks"]
+    assert fill["queue"] == attend["queue"] and f"{fill['cursors']}, counter" == attend["counter"]
+    assert len({*sample.values()} & {"k"}) == 1
+    places = [quantise[x] for x in ("ranges", "vectors", "whole", "counts", "units")] + [estimate["peaks"],
+                                                                                        estimate["scratch"]]
+    assert len(set(places)) == len(places) and all(place.startswith("m") for place in places)
+    if rows:
+        facts = launches["_gather_facts"]["parameters"]
+        assert facts["facts"] == attend["key_facts"] and facts["shown"] == "key_mask"
+        assert pack["single_count"] == pack["rest_count"] == quantise["counts"]
+
+
+def test_keys_are_summarised(call):
+    rows, launches = call
+    mask = {"key_mask": "key_mask" if rows else launches["_estimate_peaks"]["parameters"]["counts"],
+            "stride_mask_batch": S if rows > 1 else 0}
+    keys = {"k": "k", "stride_b": HKV * S * D, "stride_h": S * D, "stride_s": D, "S": S, "Hkv": HKV, **mask}
+    parameters(launches["_sample_keys"], {**keys, "spacing": 1})
+    parameters(launches["_quantise_keys"], {**keys, "room": ROOM, "MASKS": max(rows, 1)})
+    assert launches["_sample_keys"]["grid"] == [D // 16, B * HKV]
+    assert launches["_quantise_keys"]["grid"] == [BLOCKS, B * HKV]
+
+
+def test_peaks_are_estimated(call):
+    rows, launches = call
+    given = parameters(launches["_estimate_peaks"], {
+        **SIZES, "heads": B * H, "key_blocks": BLOCKS, "room": ROOM, "q": "q", "stride_qb": L * H * D, "stride_qh": D,
+        "stride_qs": H * D, "stride_mask_batch": S if rows > 1 else 0, "stride_counts": ROOM if rows > 1 else 0})
+    assert given["scale_log2"] == pytest.approx(0.125 * LOG2_E)
+    assert given["spread_log2"] == pytest.approx(0.125 ** 2 * LOG2_E)
+    assert 2 ** given["log2_count"] == pytest.approx(64 - SINGLES)
+    assert launches["_estimate_peaks"]["grid"] == [B * H * 3, 1]  # fewer query blocks than the card has room for
+    tall = {"vectors": (B * HKV * (SINGLES + 2) * ROOM, 32), "whole": (B * HKV * ROOM * 64, 128)}
+    for name, (length, box) in tall.items():
+        assert given[name][1:] == [2, OF_BYTES, SWIZZLE_64, D, length, 0, 0, D, box, 0, 0, D, 0, 0, 0]
+        assert [given[f"{name}.{part}"] for part in ("size0", "size1", "stride0", "stride1")] == [length, D, D, 1]
+
+
+def test_lists_are_packed_and_queued(call):
+    rows, launches = call
+    given = parameters(launches["_pack_lists"], {
+        **{name: SIZES[name] for name in ("query_blocks", "H", "L", "offset")}, "key_blocks": BLOCKS, "kept": "kept",
+        "counts": "counts", "list_capacity": BLOCKS + 2, "sinks": 1, "local": 2,
+        "stride_count_batch": ROOM if rows > 1 else 0})
+    assert given["tolerance"] == pytest.approx(0.03) and given["max_density"] == pytest.approx(0.9)
+    assert ("single_count" in given) == (rows > 0)
+    parameters(launches["_fill_queue"], {"counts": "counts", "rows": B * H * 3, "pair_capacity": BLOCKS // 2 + 1})
+    assert launches["_pack_lists"]["grid"] == [B * H * 3, 1] and launches["_fill_queue"]["grid"] == [1, 1]
+    if rows:
+        parameters(launches["_gather_facts"], {"length": S, "blocks": BLOCKS + 2, "stride_ids": 0,
+                                               "stride_batch": S if rows > 1 else 0})
+        assert launches["_gather_facts"]["grid"] == [1, rows]
+
+
+def test_attention_is_over_the_lists(call):
+    rows, launches = call
+    given = parameters(launches["_block_sparse_attention"], {
+        **SIZES, "blocks": B * H * 3, "pair_capacity": BLOCKS // 2 + 1, "kept_pairs": "kept", "lse": "lse",
+        "window": 0, "cap_log2": 0.0, "stride_key_facts": (BLOCKS + 2) * 3 if rows > 1 else 0})
+    assert given["scale_log2"] == pytest.approx(0.125 * LOG2_E)
+    heads, lengths = {"q": H, "k": HKV, "v": HKV, "out": H}, {"q": L, "k": S, "v": S, "out": L}
+    for name, count in heads.items():
+        length, by_row = lengths[name], name in ("q", "out")
+        strides = [length * count * D, D if by_row else length * D, count * D if by_row else D, 1]
+        assert given[name] == [name, 4, OF_BFLOAT16, SWIZZLE_128, D, length, count, B, 64, 64, 1, 1,
+                               *(2 * stride for stride in reversed(strides[:3])), 0]
+        parts = [given[f"{name}.{part}{d}"] for part in ("size", "stride") for d in range(4)]
+        assert parts == [B, count, length, D, *strides]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_package_launches_what_python_does(recorded, which):
+    def without_places(launches):
+        """All but which memory is which: torch gives what was freed to the next."""
+        def blurred(value):
+            if isinstance(value, list):
+                return [blurred(value[0]), *value[1:]]
+            return "memory" if isinstance(value, str) and value not in ("q", "k", "v", "key_mask") else value
+
+        return [{**launch, "parameters": {name: blurred(value) for name, value in launch["parameters"].items()}}
+                for launch in launches]
+
+    assert without_places(recorded["package"][which]) == without_places(recorded["python"][which])

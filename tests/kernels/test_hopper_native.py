@@ -1,0 +1,46 @@
+"""Launches from C++ give what launches from Python do, to the last bit: they are of the same kernels."""
+
+import pytest
+import torch
+from kernel_cases import RULE, Case, draw_masks, on_hopper, qkv
+
+from sparsify.kernels import hopper, hopper_native, select
+
+pytestmark = [pytest.mark.gpu, on_hopper]
+BUDGET = {"scale": 0.1, "tolerance": 0.02, "max_density": 0.9, "singles": 6, **RULE}
+CASES = [
+    Case(1, 8, 2, 4096, 4096, 128, 128, 0),
+    Case(2, 16, 1, 513, 9000, 64, 64, 9000 - 513),
+    Case(1, 40, 4, 777, 5555, 128, 128, None),
+    Case(2, 36, 3, 1024, 500, 128, 128, -100),  # rows that see nothing
+    Case(1, 80, 1, 129, 65, 64, 64, 0),
+    Case(4, 20, 2, 700, 2900, 128, 64, 2200, padding=True),
+    Case(3, 24, 4, 513, 1500, 64, 128, None, padding=True),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_launches_from_c_are_those_of_python(case, dtype, rng, poisoned_memory, monkeypatch):
+    q, k, v = qkv(rng, case, dtype)
+    masks = draw_masks(rng, case)
+    assert masks.is_plain and not hopper._units_for(q, k)
+    results = []
+    for by_python in (False, True):
+        if by_python:
+            monkeypatch.setattr(hopper_native, "_library", lambda: None)
+        lists = select.select_blocks(q, k, masks=masks, **BUDGET)
+        results.append((*lists, *hopper.block_sparse_attention(q, k, v, *lists, scale=0.1, masks=masks)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    assert not results[0][2].isnan().any()
+
+
+def test_calls_that_c_does_not_launch_fall_back(rng):
+    q, k, _ = qkv(rng, CASES[0], torch.bfloat16)
+    given = {"masks": draw_masks(rng, CASES[0]), **BUDGET}
+    assert hopper_native.select_blocks(q, k, **given) is not None
+    odd = torch.empty(*k.shape[:3], 136, device=k.device, dtype=k.dtype)[..., :128].copy_(k)  # strides of 8 elements
+    assert hopper_native.select_blocks(q, odd, **given) is None
+    assert all(map(torch.equal, select.select_blocks(q, odd, **given), select.select_blocks(q, k, **given)))
+    assert hopper_native.select_blocks(q, k, **{**given, "scale": -0.1}) is None
