@@ -43,7 +43,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     wanted = _units_for(q, k)
     if not wanted:
         out, lse = _outputs(q, v)
-        if hopper_native.attend_lists(q, k, v, kept, counts, out, lse, scale=scale, masks=masks):
+        if hopper_native.attend(q, k, v, (kept, counts), out, lse, scale=scale, masks=masks):
             return out, lse
     extras, _ = score_arguments(masks, q)
     kind = kind_of(q, v, masks, *extras[5:10])
@@ -69,10 +69,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, masks: Masks) ->
     """
     if _units_for(q, k):
         return block_sparse_attention(q, k, v, *every_block(q, k.shape[2], masks), scale=scale, masks=masks)
+    out, lse = _outputs(q, v)
+    if hopper_native.attend(q, k, v, None, out, lse, scale=scale, masks=masks):
+        return out, lse
     extras, _ = score_arguments(masks, q)
     kind = replace(kind_of(q, v, masks, *extras[5:10]), walks_all=True)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    out, lse = _outputs(q, v)
     _launch(q, k, v, describe(out), lse, counter, 0, counter, counter, kind, scale, masks, extras)
     return out, lse
 

@@ -73,14 +73,14 @@ struct Selection {
     int64_t sample, quantise, estimate, pack;  // kernels
 };
 
-// What attention over lists is called with; tensors as the copy engine addresses them.
+// What attention is called with, over lists or over every block; tensors as the copy engine addresses them.
 struct Attention {
     Rows q, k, v, out;
     Shown shown;
     int64_t causal_offset;
     double scale;
-    void *kept, *counts, *lse;
-    int64_t queue, facts, attend;  // kernels
+    void *kept, *counts, *lse;     // lists as in blocks.py, or none
+    int64_t queue, facts, attend;  // kernels; `attend` of a kind that goes with lists, or without
 };
 
 struct alignas(64) TensorMap {
@@ -98,6 +98,7 @@ struct Driver {
     int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
     int (*encode)(TensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                   const uint32_t*, int, int, int, int);
+    int (*fill)(void*, unsigned, size_t, void*);
     int (*name_of)(int, const char**);
 
     Driver() {
@@ -115,6 +116,7 @@ struct Driver {
         take(set_cache, "cuFuncSetCacheConfig");
         take(launch, "cuLaunchKernel");
         take(encode, "cuTensorMapEncodeTiled");
+        take(fill, "cuMemsetD32Async");
         take(name_of, "cuGetErrorName");
     }
 
@@ -336,7 +338,7 @@ struct Order {
     Order(const Attention& call, Memory& memory)
         : query_blocks(count_blocks(call.q.sizes[2], ROWS)), key_blocks(count_blocks(call.k.sizes[2], KEYS)),
           blocks(call.q.sizes[0] * call.q.sizes[1] * query_blocks), fact_words(3 * (key_blocks + TILE)),
-          queue(memory.take<int64_t>(blocks)), facts(memory.take<int64_t>(call.shown.rows * fact_words)),
+          queue(memory.take<int64_t>(call.kept ? blocks : 1)), facts(memory.take<int64_t>(call.shown.rows * fact_words)),
           cursors(memory.take<int32_t>(LEVELS + 1)) {}
 };
 
@@ -347,19 +349,23 @@ int64_t memory_of(const Attention& call) {
     return memory.used;
 }
 
-// Attention over kept lists.
+// Attention over kept lists, or over every block that causality shows.
 void attend(const Attention& call, void* given, void* stream) {
     Device& device = Device::current();
     Memory memory{static_cast<char*>(given)};
     Order order(call, memory);
     int64_t heads = call.q.sizes[1], kv_heads = call.k.sizes[1], length = call.q.sizes[2], kv_len = call.k.sizes[2];
-    int64_t capacity = count_blocks(order.key_blocks, TILE) + 1;
+    int64_t capacity = call.kept ? count_blocks(order.key_blocks, TILE) + 1 : 0;
     bool masked = call.shown.rows, by_row = call.shown.rows > 1;
 
-    Launch fill(device, call.queue);
-    fill.pass_pointers(call.counts, order.queue, order.cursors);
-    fill.pass_numbers({order.blocks, capacity});
-    fill.run(1, 1, stream);
+    if (call.kept) {
+        Launch fill(device, call.queue);
+        fill.pass_pointers(call.counts, order.queue, order.cursors);
+        fill.pass_numbers({order.blocks, capacity});
+        fill.run(1, 1, stream);
+    } else {
+        driver().check(driver().fill(order.cursors + LEVELS, 0, 1, stream), "cuMemsetD32Async");
+    }
 
     if (masked) {
         Launch gather(device, call.facts);
@@ -370,7 +376,7 @@ void attend(const Attention& call, void* given, void* stream) {
 
     Launch launch(device, call.attend);
     for (const Rows* x : {&call.q, &call.k, &call.v, &call.out}) launch.describe(*x);
-    launch.pass_pointers(call.lse, call.kept, order.queue, order.cursors + LEVELS);
+    launch.pass_pointers(call.lse, call.kept ? call.kept : order.queue, order.queue, order.cursors + LEVELS);
     launch.pass_numbers({order.blocks, capacity, order.query_blocks, heads, heads / kv_heads, length, kv_len,
                          std::min(call.causal_offset, kv_len)});
     launch.pass(float(call.scale * LOG2_E));

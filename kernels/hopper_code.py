@@ -99,14 +99,15 @@ class SelectionKernels:
 
 @dataclass(frozen=True)
 class AttentionKernels:
-    """The queue, the forward, and with a key mask the facts that it judges tiles by."""
+    """The forward, the queue where it goes by lists, and with a key mask the facts that it judges tiles by."""
 
     dtype: torch.dtype
     kind: Kind
 
     def compiled(self) -> list[Any]:
-        """All of them."""
-        return _all_at_once(self._queue, self._attend, *([self._facts] if self.kind.key_mask else []))
+        """All of them, in this order."""
+        return _all_at_once(self._attend, *([] if self.kind.walks_all else [self._queue]),
+                            *([self._facts] if self.kind.key_mask else []))
 
     def _queue(self) -> Any:
         kinds = {"counts": "*i32", "queue": "*i64", "cursors": "*i32"}

@@ -65,7 +65,7 @@ int64_t select_blocks(const Selection* call, void* memory, void* stream) {
     return told([&]() -> int64_t { return select(*call, memory, stream), 0; });
 }
 
-int64_t attend_lists(const Attention* call, void* memory, void* stream) {
+int64_t attend_blocks(const Attention* call, void* memory, void* stream) {
     return told([&]() -> int64_t { return attend(*call, memory, stream), 0; });
 }
 

@@ -65,9 +65,9 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
     return KeptLists(kept, counts)
 
 
-def attend_lists(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, out: Tensor, lse: Tensor, *,
-                 scale: float, masks: Masks) -> bool:
-    """Fill `out` and `lse` as `hopper.block_sparse_attention` does over whole lists.
+def attend(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor, *,
+           scale: float, masks: Masks) -> bool:
+    """Fill `out` and `lse` as `hopper.block_sparse_attention` does over whole lists, or `hopper.attention` without.
 
     False, and nothing done, where masks are not plain, a mask of keys is not dense, heads are wider than 128, or
     somebody listens to Triton's launches.
@@ -75,16 +75,19 @@ def attend_lists(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, 
     library, mask = _library(), masks.key_mask
     if library is None or scale <= 0 or is_watched() or not masks.is_plain or not _is_dense(mask):
         return False
-    kind = plain_kind(q.shape[3], v.shape[3], mask is not None)
+    kind = plain_kind(q.shape[3], v.shape[3], mask is not None, lists is None)
     if kind.is_wide:
         return False
     numbers = _numbers_of(library, AttentionKernels(q.dtype, kind))
     if numbers is None:
         return is_only_compiling()
-    queue, attend, *facts = numbers
-    call = ATTENTION.pack(*_rows(q), *_rows(k), *_rows(v), *_rows(out), *_shown(mask), _offset(masks), scale,
-                          kept.data_ptr(), counts.data_ptr(), lse.data_ptr(), queue, facts[0] if facts else 0, attend)
-    _run(library, library.memory_of_attention, library.attend_lists, call, q)
+    kept, counts = (0, 0) if lists is None else (x.data_ptr() for x in lists)
+    forward, *others = numbers
+    queue = 0 if lists is None else others[0]
+    facts = 0 if mask is None else others[-1]
+    call = ATTENTION.pack(*_rows(q), *_rows(k), *_rows(v), *_rows(out), *_shown(mask), _offset(masks), scale, kept,
+                          counts, lse.data_ptr(), queue, facts, forward)
+    _run(library, library.memory_of_attention, library.attend_blocks, call, q)
     return True
 
 
@@ -164,8 +167,8 @@ def _library() -> Any:
     library.add_kernel.argtypes = [ctypes.c_char_p, number, ctypes.c_char_p, number, number, ctypes.c_char_p, number]
     for function in (library.memory_of_selection, library.memory_of_attention):
         function.argtypes = [ctypes.c_char_p]
-    for function in (library.select_blocks, library.attend_lists):
+    for function in (library.select_blocks, library.attend_blocks):
         function.argtypes = [ctypes.c_char_p, pointer, pointer]
-    for name in ("add_kernel", "memory_of_selection", "memory_of_attention", "select_blocks", "attend_lists"):
+    for name in ("add_kernel", "memory_of_selection", "memory_of_attention", "select_blocks", "attend_blocks"):
         getattr(library, name).restype = number
     return library

@@ -45,7 +45,8 @@ AtenTensorHandle memory_for(const View& like, int32_t dtype, int64_t elements) {
 
 }  // namespace
 
-// `key_mask`: bool [B or 1, S], dense; `first`: the number of the first of this site's kernels, in the order below.
+// `key_mask`: bool [B or 1, S]; `first`: the number of the first of this site's kernels, which are in the order of
+// hopper_code.py.
 extern "C" AOTITorchError aoti_torch_cuda_packed_attention_on_hopper(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle* key_mask, double scale,
     int64_t* causal_offset, double tolerance, double max_density, int64_t sinks, int64_t local, int64_t singles,
@@ -53,9 +54,15 @@ extern "C" AOTITorchError aoti_torch_cuda_packed_attention_on_hopper(
     return reported("packed_attention_on_hopper", result, [&] {
         Addressable queries(q, 16), keys(k, 16), values(v, 8);
         const View& x = queries.view;
+        Handle dense;
         Shown shown{nullptr, 0, 0};
         if (key_mask) {
             View mask(*key_mask);
+            if (mask.strides[1] != 1) {
+                dense.handle = empty(mask, mask.dtype, mask.sizes, {mask.sizes[1], 1});
+                must(aoti_torch_copy_(dense.handle, *key_mask, 0), "copy");
+                mask = View(dense.handle);
+            }
             shown = {mask.data, mask.sizes[0], mask.strides[0]};
         }
         int64_t offset = causal_offset ? *causal_offset : INT64_MAX, kv_len = keys.view.sizes[2];
@@ -75,8 +82,8 @@ extern "C" AOTITorchError aoti_torch_cuda_packed_attention_on_hopper(
         Handle out(empty_out(x, values.view));
         Handle lse(memory_for(x, aoti_torch_dtype_float32(), x.sizes[0] * x.sizes[1] * x.sizes[2]));
         Attention call{rows_of(x), rows_of(keys.view), rows_of(values.view), rows_of(View(out.handle)), shown, offset,
-                       scale, View(kept.handle).data, View(counts.handle).data, View(lse.handle).data, first + 4,
-                       first + 6, first + 5};
+                       scale, View(kept.handle).data, View(counts.handle).data, View(lse.handle).data, first + 5,
+                       first + 6, first + 4};
         Handle memory(memory_for(x, aoti_torch_dtype_uint8(), memory_of(call)));
         attend(call, View(memory.handle).data, stream);
         return out.release();

@@ -52,6 +52,10 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 }
 int cuFuncSetAttribute(void*, int, int) { return 0; }
 int cuFuncSetCacheConfig(void*, int) { return 0; }
+int cuMemsetD32Async(unsigned* memory, unsigned value, size_t count, void*) {
+    for (size_t i = 0; i < count; i++) memory[i] = value;
+    return 0;
+}
 int cuGetErrorName(int, const char** name) {
     *name = "CUDA_ERROR_OF_A_TEST";
     return 0;

@@ -1,5 +1,8 @@
-"""What hopper_calls.h launches, from Python and in a package, as JSON: `python -m tests.kernels.recorded_launches`,
-without Triton's interpreter and without a GPU. test_hopper_calls.py reads it.
+"""What hopper_calls.h launches, from Python, with lists and without, and in a package, as JSON.
+
+    TRITON_INTERPRET=0 python -m tests.kernels.recorded_launches
+
+Without Triton's interpreter and without a GPU; test_hopper_calls.py reads it.
 
 A list for each call: without a key mask, with one of all rows, with one for all; of every launch its grid, threads and
 shared memory, what its machine code was compiled for, and every parameter by its name in the kernel, told apart by the
@@ -20,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.kernels import hopper_native, hopper_packed, hopper_queue, native
+from sparsify.kernels import hopper_code, hopper_native, hopper_packed, hopper_queue, native
+from sparsify.kernels.hopper_kind import plain_kind
 from sparsify.kernels.masks import Masks
 from tests.kernels.handles import Arguments, returned
 
@@ -33,7 +37,7 @@ SCALE, TOLERANCE, MAX_DENSITY, SINKS, LOCAL = 0.125, 0.03, 0.9, 1, 2
 def main() -> None:
     """Print the launches."""
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # a torch for CPUs has no streams
-    told: dict[str, list[Any]] = {"python": [], "package": []}
+    told: dict[str, list[Any]] = {"python": [], "package": [], "without lists": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         driver = build(folder / "libcuda.so.1", HERE / "recorded_driver.cpp", "-Wl,-soname,libcuda.so.1")
@@ -42,16 +46,25 @@ def main() -> None:
             tensors = made(rows)
             sites = hopper_packed.kernels_for(tensors["q"], tensors["v"], rows > 0, SINGLES)
             assert sites is not None
-            kernels = {kernel.metadata.name: kernel for some in sites for kernel in some.compiled()}
-            for kernel in kernels.values():
-                sizes = [128 if kind == "map" else struct.calcsize(FORMATS[kind]) for kind in types_of(kernel)]
-                driver.expect(kernel.metadata.name.encode(), (ctypes.c_int * len(sizes))(*sizes), len(sizes))
+            kernels = expected(driver, *sites)
             from_python(tensors)
             told["python"].append(launches(driver, kernels, tensors))
             in_package(folder / f"shim{rows}", tensors, hopper_packed.source([sites]))
             del tensors["kept"], tensors["counts"], tensors["out"], tensors["lse"]
             told["package"].append(launches(driver, kernels, tensors))
+            every = hopper_code.AttentionKernels(torch.bfloat16, plain_kind(D, D, rows > 0, walks_all=True))
+            without_lists(tensors)
+            told["without lists"].append(launches(driver, expected(driver, every), tensors))
     json.dump(told, sys.stdout)
+
+
+def expected(driver: ctypes.CDLL, *wanted: Any) -> dict[str, Any]:
+    """Kernels by name, whose parameters the driver knows the sizes of from now on."""
+    kernels = {kernel.metadata.name: kernel for some in wanted for kernel in some.compiled()}
+    for name, kernel in kernels.items():
+        sizes = [128 if kind == "map" else struct.calcsize(FORMATS[kind]) for kind in types_of(kernel)]
+        driver.expect(name.encode(), (ctypes.c_int * len(sizes))(*sizes), len(sizes))
+    return kernels
 
 
 def made(mask_rows: int) -> dict[str, Tensor]:
@@ -71,8 +84,17 @@ def from_python(tensors: dict[str, Tensor]) -> None:
     lists = hopper_native.select_blocks(q, k, scale=SCALE, masks=masks, tolerance=TOLERANCE, max_density=MAX_DENSITY,
                                         sinks=SINKS, local=LOCAL, singles=SINGLES)
     assert lists is not None
-    assert hopper_native.attend_lists(q, k, v, *lists, out, lse, scale=SCALE, masks=masks)
+    assert hopper_native.attend(q, k, v, lists, out, lse, scale=SCALE, masks=masks)
     tensors |= {"kept": lists.kept, "counts": lists.counts, "out": out, "lse": lse}
+
+
+def without_lists(tensors: dict[str, Tensor]) -> None:
+    """Exact attention; what it makes is added to the tensors."""
+    q, k, v = (tensors[name] for name in "qkv")
+    out, lse = torch.empty(B, L, H, D, dtype=q.dtype).transpose(1, 2), torch.empty(B, H, L)
+    masks = Masks(S - L, key_mask=tensors.get("key_mask"))
+    assert hopper_native.attend(q, k, v, None, out, lse, scale=SCALE, masks=masks)
+    tensors |= {"out": out, "lse": lse}
 
 
 def in_package(folder: Path, tensors: dict[str, Tensor], source: str) -> None:
@@ -87,7 +109,7 @@ def in_package(folder: Path, tensors: dict[str, Tensor], source: str) -> None:
                    given.optional(tensors.get("key_mask"), None), ctypes.c_double(SCALE), given.optional(S - L, number),
                    ctypes.c_double(TOLERANCE), ctypes.c_double(MAX_DENSITY), number(SINKS), number(LOCAL),
                    number(SINGLES), number(0))
-    assert out.shape == (B, H, L, D) and out.stride() == tensors["out"].stride()
+    assert out.shape == (B, H, L, D) and out.stride() == (L * H * D, D, H * D, 1)
 
 
 def build(target: Path, source: Path, *flags: str) -> ctypes.CDLL:

@@ -135,6 +135,21 @@ def test_attention_is_over_the_lists(call):
 
 
 @pytest.mark.parametrize("which", range(3))
+def test_exact_attention_goes_without_lists(recorded, which):
+    rows = MASK_ROWS[which]
+    launches = {launch["kernel"]: launch for launch in recorded["without lists"][which]}
+    assert list(launches) == (["_gather_facts"] if rows else []) + ["_block_sparse_attention"]
+    attend, over_lists = launches["_block_sparse_attention"], recorded["python"][which][-1]
+    given = parameters(attend, {**SIZES, "blocks": B * H * 3, "pair_capacity": 0, "lse": "lse",
+                                "stride_key_facts": (BLOCKS + 2) * 3 if rows > 1 else 0})
+    assert given["counter"].startswith("m") and given["counter"] != given["queue"]
+    of_lists = ("kept_pairs", "queue", "counter", "pair_capacity", "key_facts", "row_facts")
+    same = [name for name in given if name not in of_lists]
+    assert {name: given[name] for name in same} == {name: over_lists["parameters"][name] for name in same}
+    assert attend["threads"] == attend["threads_of_code"] and attend["shared"] == attend["compiled_shared"]
+
+
+@pytest.mark.parametrize("which", range(3))
 def test_a_package_launches_what_python_does(recorded, which):
     def without_places(launches):
         """All but which memory is which: torch gives what was freed to the next."""

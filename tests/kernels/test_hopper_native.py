@@ -30,10 +30,11 @@ def test_launches_from_c_are_those_of_python(case, dtype, rng, poisoned_memory, 
         if by_python:
             monkeypatch.setattr(hopper_native, "_library", lambda: None)
         lists = select.select_blocks(q, k, masks=masks, **BUDGET)
-        results.append((*lists, *hopper.block_sparse_attention(q, k, v, *lists, scale=0.1, masks=masks)))
+        results.append((*lists, *hopper.block_sparse_attention(q, k, v, *lists, scale=0.1, masks=masks),
+                        *hopper.attention(q, k, v, scale=0.1, masks=masks)))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
-    assert not results[0][2].isnan().any()
+    assert not any(results[0][i].isnan().any() for i in (2, 4))
 
 
 def test_calls_that_c_does_not_launch_fall_back(rng):
