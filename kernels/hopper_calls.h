@@ -71,6 +71,7 @@ struct Selection {
     int64_t sinks, local, singles;
     void *kept, *counts;  // results: lists as in blocks.py
     int64_t sample, quantise, estimate, pack;  // kernels
+    int64_t device;
 };
 
 // What attention is called with, over lists or over every block; tensors as the copy engine addresses them.
@@ -81,6 +82,7 @@ struct Attention {
     double scale;
     void *kept, *counts, *lse;     // lists as in blocks.py, or none
     int64_t queue, facts, attend;  // kernels; `attend` of a kind that goes with lists, or without
+    int64_t device;
 };
 
 struct alignas(64) TensorMap {
@@ -90,6 +92,9 @@ struct alignas(64) TensorMap {
 // Functions of the driver, under the names that its header gives them.
 struct Driver {
     int (*get_device)(int*);
+    int (*retain)(void**, int);
+    int (*push)(void*);
+    int (*pop)(void**);
     int (*get_attribute)(int*, int, int);
     int (*load)(void**, const void*);
     int (*find)(void**, void*, const char*);
@@ -109,6 +114,9 @@ struct Driver {
             if (!function) throw std::runtime_error(std::string("CUDA's driver is too old: it has no ") + name);
         };
         take(get_device, "cuCtxGetDevice");
+        take(retain, "cuDevicePrimaryCtxRetain");
+        take(push, "cuCtxPushCurrent_v2");
+        take(pop, "cuCtxPopCurrent_v2");
         take(get_attribute, "cuDeviceGetAttribute");
         take(load, "cuModuleLoadData");
         take(find, "cuModuleGetFunction");
@@ -133,22 +141,21 @@ const Driver& driver() {
     return found;
 }
 
-// The device that the calling thread works on, and its kernels, each loaded once.
+// A device and its kernels, each loaded once.
 class Device {
 public:
-    static Device& current() {
+    static Device& of(int64_t number) {
         static std::mutex lock;
-        static std::map<int, Device> known;
-        int number;
-        driver().check(driver().get_device(&number), "cuCtxGetDevice");
+        static std::map<int64_t, Device> known;
         std::lock_guard<std::mutex> guard(lock);
         return known.try_emplace(number, number).first->second;
     }
 
-    explicit Device(int number) {
+    explicit Device(int64_t ordinal) : number(int(ordinal)) {
         constexpr int MULTIPROCESSOR_COUNT = 16;
         int count;
         driver().check(driver().get_attribute(&count, MULTIPROCESSOR_COUNT, number), "cuDeviceGetAttribute");
+        driver().check(driver().retain(&context, number), "cuDevicePrimaryCtxRetain");
         multiprocessors = count;
     }
 
@@ -169,11 +176,33 @@ public:
         return function = found;
     }
 
+    const int number;
     int64_t multiprocessors = 0;
+    void* context = nullptr;  // torch's, the primary one
 
 private:
     std::mutex lock;
     std::map<int64_t, void*> functions;
+};
+
+// While it lives, the calling thread works on a device: threads begin with none, and may work on another.
+class Working {
+public:
+    explicit Working(const Device& device) {
+        int now;
+        if (!driver().get_device(&now) && now == device.number) return;
+        driver().check(driver().push(device.context), "cuCtxPushCurrent");
+        pushed = true;
+    }
+    Working(const Working&) = delete;
+    Working& operator=(const Working&) = delete;
+    ~Working() {
+        void* context;
+        if (pushed) driver().pop(&context);
+    }
+
+private:
+    bool pushed = false;
 };
 
 // The parameters of a launch, in the order of the kernel's.
@@ -275,13 +304,14 @@ struct Summaries {
 // Bytes of memory that `select` wants.
 int64_t memory_of(const Selection& call) {
     Memory memory;
-    Summaries(call, memory, Device::current().multiprocessors);
+    Summaries(call, memory, Device::of(call.device).multiprocessors);
     return memory.used;
 }
 
 // Summaries, peaks, kept lists.
 void select(const Selection& call, void* given, void* stream) {
-    Device& device = Device::current();
+    Device& device = Device::of(call.device);
+    Working working(device);
     Memory memory{static_cast<char*>(given)};
     Summaries s(call, memory, device.multiprocessors);
     const Rows &q = call.q, &k = call.k;
@@ -351,7 +381,8 @@ int64_t memory_of(const Attention& call) {
 
 // Attention over kept lists, or over every block that causality shows.
 void attend(const Attention& call, void* given, void* stream) {
-    Device& device = Device::current();
+    Device& device = Device::of(call.device);
+    Working working(device);
     Memory memory{static_cast<char*>(given)};
     Order order(call, memory);
     int64_t heads = call.q.sizes[1], kv_heads = call.k.sizes[1], length = call.q.sizes[2], kv_len = call.k.sizes[2];

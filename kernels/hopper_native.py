@@ -1,6 +1,6 @@
 """Selection and attention on Hopper by launches from C++ (hopper_calls.h): what a call takes of the host.
 
-    q, k, v   [B, H, L, D], [B, Hkv, S, D], [B, Hkv, S, Dv], fp16 or bf16, on the current device
+    q, k, v   [B, H, L, D], [B, Hkv, S, D], [B, Hkv, S, Dv], fp16 or bf16, on one device, current or not
     masks     plain: causality and a key mask
     results   those of select.py and hopper.py, by the same kernels
     errors    RuntimeError where the driver refuses a launch
@@ -29,8 +29,8 @@ from sparsify.kernels.hopper_kind import plain_kind
 from sparsify.kernels.launch import is_only_compiling, is_watched
 from sparsify.kernels.masks import Masks
 
-SELECTION = struct.Struct("P8qP8q P2q q 3d 3q 2P 4q")  # the structs of hopper_calls.h
-ATTENTION = struct.Struct("P8qP8qP8qP8q P2q q d 3P 3q")
+SELECTION = struct.Struct("P8qP8q P2q q 3d 3q 2P 4q q")  # the structs of hopper_calls.h
+ATTENTION = struct.Struct("P8qP8qP8qP8q P2q q d 3P 3q q")
 BOX = struct.Struct("4i4I")
 EVERY_KEY = (1 << 63) - 1  # a causal offset under which every row sees every key
 
@@ -60,7 +60,7 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
     if numbers is None:
         return KeptLists(kept, counts)
     call = SELECTION.pack(*_rows(q), *_rows(k), *_shown(mask), _offset(masks), scale, tolerance, max_density, sinks,
-                          local, singles, kept.data_ptr(), counts.data_ptr(), *numbers)
+                          local, singles, kept.data_ptr(), counts.data_ptr(), *numbers, _device(q))
     _run(library, library.memory_of_selection, library.select_blocks, call, q)
     return KeptLists(kept, counts)
 
@@ -86,7 +86,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor] | None,
     queue = 0 if lists is None else others[0]
     facts = 0 if mask is None else others[-1]
     call = ATTENTION.pack(*_rows(q), *_rows(k), *_rows(v), *_rows(out), *_shown(mask), _offset(masks), scale, kept,
-                          counts, lse.data_ptr(), queue, facts, forward)
+                          counts, lse.data_ptr(), queue, facts, forward, _device(q))
     _run(library, library.memory_of_attention, library.attend_blocks, call, q)
     return True
 
@@ -106,6 +106,10 @@ def _rows(x: Tensor) -> tuple[int, ...]:
 
 def _shown(mask: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if mask is None else (mask.data_ptr(), len(mask), mask.stride(0))
+
+
+def _device(x: Tensor) -> int:
+    return x.device.index or 0  # tensors on a GPU say which
 
 
 def _offset(masks: Masks) -> int:

@@ -75,7 +75,7 @@ extern "C" AOTITorchError aoti_torch_cuda_packed_attention_on_hopper(
         {
             Selection call{rows_of(x), rows_of(keys.view), shown, offset, scale, tolerance, max_density, sinks, local,
                            singles, View(kept.handle).data, View(counts.handle).data, first, first + 1, first + 2,
-                           first + 3};
+                           first + 3, x.device};
             Handle memory(memory_for(x, aoti_torch_dtype_uint8(), memory_of(call)));
             select(call, View(memory.handle).data, stream);
         }
@@ -83,7 +83,7 @@ extern "C" AOTITorchError aoti_torch_cuda_packed_attention_on_hopper(
         Handle lse(memory_for(x, aoti_torch_dtype_float32(), x.sizes[0] * x.sizes[1] * x.sizes[2]));
         Attention call{rows_of(x), rows_of(keys.view), rows_of(values.view), rows_of(View(out.handle)), shown, offset,
                        scale, View(kept.handle).data, View(counts.handle).data, View(lse.handle).data, first + 5,
-                       first + 6, first + 4};
+                       first + 6, first + 4, x.device};
         Handle memory(memory_for(x, aoti_torch_dtype_uint8(), memory_of(call)));
         attend(call, View(memory.handle).data, stream);
         return out.release();

@@ -20,6 +20,7 @@ struct Launched {
 
 std::map<std::string, std::vector<int>> sizes;  // of the parameters of each kernel
 std::vector<Launched> launches;
+int depth = 0;                             // of contexts
 std::map<const void*, std::string> names;  // of functions, which are what modules are: images
 
 }  // namespace
@@ -29,6 +30,7 @@ extern "C" {
 void expect(const char* name, const int* wanted, int count) { sizes[name].assign(wanted, wanted + count); }
 int launched() { return int(launches.size()); }
 void forget() { launches.clear(); }
+int contexts() { return depth; }
 const char* read_launch(int number, unsigned char* parameters, unsigned* numbers) {
     const Launched& one = launches.at(number);
     std::memcpy(parameters, one.parameters.data(), one.parameters.size() * sizeof(Parameter));
@@ -36,7 +38,19 @@ const char* read_launch(int number, unsigned char* parameters, unsigned* numbers
     return one.name.c_str();
 }
 
-int cuCtxGetDevice(int* device) { return *device = 0; }
+int cuCtxGetDevice(int* device) {
+    *device = 0;
+    return depth ? 0 : 201;  // CUDA_ERROR_INVALID_CONTEXT, as in a thread that has not met CUDA
+}
+int cuDevicePrimaryCtxRetain(void** context, int) {
+    *context = &depth;
+    return 0;
+}
+int cuCtxPushCurrent_v2(void* context) { return context == &depth ? (depth++, 0) : 201; }
+int cuCtxPopCurrent_v2(void** context) {
+    *context = &depth;
+    return depth ? (depth--, 0) : 201;
+}
 int cuDeviceGetAttribute(int* value, int, int) {
     *value = 132;
     return 0;
@@ -73,6 +87,7 @@ int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, co
 
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned, unsigned width, unsigned, unsigned,
                    unsigned bytes, void*, void** given, void**) {
+    if (!depth) return 201;
     Launched one{names[function], {}, {x, y}, width, bytes};
     for (int size : sizes[one.name]) std::memcpy(one.parameters.emplace_back().data(), *given++, size);
     launches.push_back(one);

@@ -55,6 +55,7 @@ def main() -> None:
             every = hopper_code.AttentionKernels(torch.bfloat16, plain_kind(D, D, rows > 0, walks_all=True))
             without_lists(tensors)
             told["without lists"].append(launches(driver, expected(driver, every), tensors))
+        assert driver.contexts() == 0  # all were given back
     json.dump(told, sys.stdout)
 
 
