@@ -35,15 +35,17 @@ PARTS = {
     "checks of arguments": ("sparsify.ops.attend:check_inputs", "sparsify.ops.attend:check_tolerance"),
     "look-up of times": ("sparsify.ops.crossover:selection_pays", "sparsify.ops.crossover:exact_kernel"),
     "selection's own Python": ("sparsify.kernels.select:select_blocks",
-                               "sparsify.kernels.hopper_select:estimated_peaks"),
+                               "sparsify.kernels.hopper_select:estimated_peaks",
+                               "sparsify.kernels.hopper_native:select_blocks"),
     "attention's own Python": ("sparsify.kernels.hopper:block_sparse_attention",
-                               "sparsify.kernels.attend:block_sparse_attention"),
+                               "sparsify.kernels.attend:block_sparse_attention",
+                               "sparsify.kernels.hopper_native:attend"),
     "lists of all blocks": ("sparsify.kernels.every:every_block",),
     "why_not": ("sparsify.kernels.hopper_coverage:why_not", "sparsify.kernels.hopper_select:why_not"),
     "allocations": ("torch:empty", "torch:zeros", "torch:full"),
     "descriptors": ("sparsify.kernels.hopper:describe", "sparsify.kernels.hopper_select:_describe"),
     "device queries": ("torch.cuda:get_device_properties", "torch.cuda:get_device_capability"),
-    "launches": ("sparsify.kernels.launch:Launched._launch",),
+    "launches": ("sparsify.kernels.launch:Launched._launch", "sparsify.kernels.hopper_native:_run"),
 }
 """Functions by what they are for, as module:name; what does not exist here is left out."""
 CALLS = 200
