@@ -8,7 +8,8 @@ tests/kernels/test_hopper_calls.py checks.
 Source: hopper_select.py, select.py, hopper_queue.py, hopper_facts.py and hopper_forward.py, whose kernels these are.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -33,18 +34,30 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 ALIGNED = [["tt.divisibility", 16]]
 
 
+class _Kernels(ABC):
+    """Kernels that a call launches together, in an order that hopper_calls.h knows."""
+
+    @abstractmethod
+    def compilers(self) -> list[Callable[[], Any]]:
+        """What makes them, one by one."""
+
+    def compiled(self) -> list[Any]:
+        """All of them, made at once."""
+        with ThreadPoolExecutor(COMPILERS) as pool:
+            return list(pool.map(lambda compiler: compiler(), self.compilers()))
+
+
 @dataclass(frozen=True)
-class SelectionKernels:
-    """Four kernels, in the order of their launches."""
+class SelectionKernels(_Kernels):
+    """Samples, summaries, peaks, lists."""
 
     dtype: torch.dtype
     dim: int  # of heads: 64 or 128
     singles: int
     has_key_mask: bool
 
-    def compiled(self) -> list[Any]:
-        """All of them."""
-        return _all_at_once(self._sample, self._quantise, self._estimate, self._pack)
+    def compilers(self) -> list[Callable[[], Any]]:
+        return [self._sample, self._quantise, self._estimate, self._pack]
 
     def _sample(self) -> Any:
         kinds = self._of_keys() | {"ranges": "*fp32"}
@@ -98,16 +111,15 @@ class SelectionKernels:
 
 
 @dataclass(frozen=True)
-class AttentionKernels:
+class AttentionKernels(_Kernels):
     """The forward, the queue where it goes by lists, and with a key mask the facts that it judges tiles by."""
 
     dtype: torch.dtype
     kind: Kind
 
-    def compiled(self) -> list[Any]:
-        """All of them, in this order."""
-        return _all_at_once(self._attend, *([] if self.kind.walks_all else [self._queue]),
-                            *([self._facts] if self.kind.key_mask else []))
+    def compilers(self) -> list[Callable[[], Any]]:
+        return [self._attend, *([] if self.kind.walks_all else [self._queue]),
+                *([self._facts] if self.kind.key_mask else [])]
 
     def _queue(self) -> Any:
         kinds = {"counts": "*i32", "queue": "*i64", "cursors": "*i32"}
@@ -139,11 +151,6 @@ def boxes_of(compiled: Any) -> list[list[int]]:
     return [[meta["swizzle"], TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["elem_size"], len(meta["block_size"]),
              *meta["block_size"], *[0] * (4 - len(meta["block_size"]))]
             for meta in getattr(compiled.metadata, "tensordesc_meta", None) or []]
-
-
-def _all_at_once(*compilers: Any) -> list[Any]:
-    with ThreadPoolExecutor(COMPILERS) as pool:
-        return list(pool.map(lambda compiler: compiler(), compilers))
 
 
 def _compile(kernel: Any, kinds: Mapping[str, str], constants: Mapping[str, Any], aligned: list[str],

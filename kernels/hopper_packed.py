@@ -50,7 +50,7 @@ def kernels_for(q: Tensor, v: Tensor, has_key_mask: bool, singles: int) -> SiteK
 
 def first_kernel(sites: Sequence[SiteKernels], wanted: SiteKernels) -> int:
     """The number in `source` of the first kernel of one of the sites."""
-    return sum(6 + kernels[0].has_key_mask for kernels in sites[:sites.index(wanted)])
+    return sum(len(some.compilers()) for kernels in sites[:sites.index(wanted)] for some in kernels)
 
 
 def source(sites: Sequence[SiteKernels]) -> str:

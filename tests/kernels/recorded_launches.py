@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ SCALE, TOLERANCE, MAX_DENSITY, SINKS, LOCAL = 0.125, 0.03, 0.9, 1, 2
 def main() -> None:
     """Print the launches."""
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # a torch for CPUs has no streams
-    told: dict[str, list[Any]] = {"python": [], "package": [], "without lists": []}
+    told: dict[str, list[Any]] = {"python": [], "package": [], "without lists": [], "refused": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         driver = build(folder / "libcuda.so.1", HERE / "recorded_driver.cpp", "-Wl,-soname,libcuda.so.1")
@@ -55,6 +56,7 @@ def main() -> None:
             every = hopper_code.AttentionKernels(torch.bfloat16, plain_kind(D, D, rows > 0, walks_all=True))
             without_lists(tensors)
             told["without lists"].append(launches(driver, expected(driver, every), tensors))
+        told["refused"] = refused(driver)
         assert driver.contexts() == 0  # all were given back
     json.dump(told, sys.stdout)
 
@@ -87,6 +89,26 @@ def from_python(tensors: dict[str, Tensor]) -> None:
     assert lists is not None
     assert hopper_native.attend(q, k, v, lists, out, lse, scale=SCALE, masks=masks)
     tensors |= {"kept": lists.kept, "counts": lists.counts, "out": out, "lse": lse}
+
+
+def refused(driver: ctypes.CDLL) -> list[str]:
+    """Which calls are left to Python's launches, though the last is not."""
+    q, k, v = made(0).values()
+    expected(driver, hopper_code.SelectionKernels(q.dtype, D, SINGLES, has_key_mask=False))
+    budget = {"scale": SCALE, "tolerance": TOLERANCE, "max_density": MAX_DENSITY, "sinks": SINKS, "local": LOCAL}
+    odd = torch.zeros(B, HKV, S, D + 8, dtype=k.dtype)[..., :D]
+    masks, sparse = Masks(S - L), Masks(S - L, key_mask=torch.ones(B, 2 * S, dtype=torch.bool)[:, ::2])
+    calls = {"strides of 8 elements": {"k": odd}, "a negative scale": {"scale": -SCALE}, "a mask with gaps": {
+        "masks": sparse}, "none": {}}
+    found = [name for name, other in calls.items() if hopper_native.select_blocks(
+        **{"q": q, "k": k, "masks": masks, "singles": SINGLES, **budget, **other}) is None]
+    with mock.patch.object(hopper_code.SelectionKernels, "compiled", side_effect=TypeError("no such argument")):
+        if hopper_native.select_blocks(q, k, masks=masks, singles=2, **budget) is None:
+            found.append("another Triton")
+    windowed, out, lse = Masks(S - L, window=100), torch.empty_like(q), torch.empty(B, H, L)
+    if not hopper_native.attend(q, k, v, None, out, lse, scale=SCALE, masks=windowed):
+        found.append("a window")
+    return found
 
 
 def without_lists(tensors: dict[str, Tensor]) -> None:

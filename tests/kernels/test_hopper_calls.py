@@ -162,3 +162,9 @@ def test_a_package_launches_what_python_does(recorded, which):
                 for launch in launches]
 
     assert without_places(recorded["package"][which]) == without_places(recorded["python"][which])
+
+
+def test_what_is_left_to_python(recorded):
+    """Of calls that differ from one that is not in one thing each."""
+    assert recorded["refused"] == ["strides of 8 elements", "a negative scale", "a mask with gaps", "another Triton",
+                                   "a window"]
