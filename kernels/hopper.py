@@ -41,10 +41,9 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
                            masks: Masks) -> tuple[Tensor, Tensor]:
     """Launch `_block_sparse_attention`; arguments as above, covered by `why_not`."""
     wanted = _units_for(q, k)
-    if not wanted:
-        out, lse = _outputs(q, v)
-        if hopper_native.attend(q, k, v, (kept, counts), out, lse, scale=scale, masks=masks):
-            return out, lse
+    out, lse = _outputs(q, v)
+    if hopper_native.attend(q, k, v, (kept, counts), out, lse, scale=scale, masks=masks, in_pieces=wanted > 0):
+        return out, lse
     extras, _ = score_arguments(masks, q)
     kind = kind_of(q, v, masks, *extras[5:10])
     pair_capacity = kept.shape[3] // kind.tile
@@ -57,7 +56,6 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     partial, sums = room_for(cut, kind.value_dim)
     _launch(q, k, v, partial, sums, kept_pairs, pair_capacity, cut.units, cut.counter,
             replace(kind, in_pieces=True, sinks=False, shares_room=False), scale, masks, extras)
-    out, lse = _outputs(q, v)
     merge_pieces(partial, sums, cut, masks.sink_logits, out, lse)
     return out, lse
 

@@ -30,6 +30,8 @@ constexpr int64_t CHANNELS = 16;          // that a program samples
 constexpr int64_t TILE = 2;               // key blocks of a compute tile
 constexpr int64_t LEVELS = 256;           // the queue's counter lies behind so many cursors
 constexpr int64_t FACTS = 32;             // blocks whose facts a program gathers
+// Of lists in pieces, as in splits.py:
+constexpr int64_t MOST_ROWS = 128, MOST_UNITS = 512, FEWEST_KEY_BLOCKS = 64, SHORTEST = 8, MERGED_VALUES = 512;
 constexpr double LOG2_E = 1.4426950408889634;
 
 int64_t count_blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
@@ -81,7 +83,8 @@ struct Attention {
     int64_t causal_offset;
     double scale;
     void *kept, *counts, *lse;     // lists as in blocks.py, or none
-    int64_t queue, facts, attend;  // kernels; `attend` of a kind that goes with lists, or without
+    int64_t attend, queue, facts;  // kernels; `attend` of a kind that goes with lists, or without
+    int64_t cut, merge;            // below 0: `attend` does not go with lists in pieces, either
     int64_t device;
 };
 
@@ -359,17 +362,36 @@ void select(const Selection& call, void* given, void* stream) {
     pack.run(s.blocks, 1, stream);
 }
 
+// Pieces to cut the lists of `blocks` query blocks into, all together; 0: none.
+int64_t units_for(int64_t blocks, int64_t key_blocks, int64_t device) {
+    int64_t programs = Device::of(device).multiprocessors;
+    if (2 * blocks > programs || blocks > MOST_ROWS || key_blocks < FEWEST_KEY_BLOCKS) return 0;
+    return std::min(programs, MOST_UNITS - MOST_ROWS);
+}
+
 // The sizes of an attention, and the memory between its kernels.
 struct Order {
-    int64_t query_blocks, key_blocks, blocks, fact_words;  // of one row of a key mask
+    bool walks_all, in_pieces;
+    int64_t query_blocks, key_blocks, blocks, wanted, units, value_dim;  // units: room for pieces, or query blocks
+    int64_t fact_words;                                                  // of one row of a key mask
     int64_t *queue, *facts;
-    int32_t* cursors;
+    int32_t *cursors, *counter, *firsts;
+    float *partial, *sums;
 
     Order(const Attention& call, Memory& memory)
-        : query_blocks(count_blocks(call.q.sizes[2], ROWS)), key_blocks(count_blocks(call.k.sizes[2], KEYS)),
-          blocks(call.q.sizes[0] * call.q.sizes[1] * query_blocks), fact_words(3 * (key_blocks + TILE)),
-          queue(memory.take<int64_t>(call.kept ? blocks : 1)), facts(memory.take<int64_t>(call.shown.rows * fact_words)),
-          cursors(memory.take<int32_t>(LEVELS + 1)) {}
+        : walks_all(!call.kept), in_pieces(call.cut >= 0), query_blocks(count_blocks(call.q.sizes[2], ROWS)),
+          key_blocks(count_blocks(call.k.sizes[2], KEYS)), blocks(call.q.sizes[0] * call.q.sizes[1] * query_blocks),
+          wanted(in_pieces ? units_for(blocks, key_blocks, call.device) : 0),
+          units(in_pieces ? wanted + blocks : blocks), value_dim(64), fact_words(3 * (key_blocks + TILE)) {
+        while (value_dim < call.v.sizes[3]) value_dim *= 2;
+        queue = memory.take<int64_t>(walks_all ? 1 : units);
+        facts = memory.take<int64_t>(call.shown.rows * fact_words);
+        cursors = memory.take<int32_t>(LEVELS + 1);
+        counter = cursors + (in_pieces ? 0 : LEVELS);
+        firsts = memory.take<int32_t>(in_pieces ? blocks + 1 : 0);
+        partial = memory.take<float>(in_pieces ? units * ROWS * value_dim : 0);
+        sums = memory.take<float>(in_pieces ? units * ROWS : 0);
+    }
 };
 
 // Bytes of memory that `attend` wants.
@@ -379,23 +401,28 @@ int64_t memory_of(const Attention& call) {
     return memory.used;
 }
 
-// Attention over kept lists, or over every block that causality shows.
+// Attention over kept lists, whole or in pieces, or over every block that causality shows.
 void attend(const Attention& call, void* given, void* stream) {
     Device& device = Device::of(call.device);
     Working working(device);
     Memory memory{static_cast<char*>(given)};
     Order order(call, memory);
     int64_t heads = call.q.sizes[1], kv_heads = call.k.sizes[1], length = call.q.sizes[2], kv_len = call.k.sizes[2];
-    int64_t capacity = call.kept ? count_blocks(order.key_blocks, TILE) + 1 : 0;
+    int64_t capacity = order.walks_all ? 0 : count_blocks(order.key_blocks, TILE) + 1;
     bool masked = call.shown.rows, by_row = call.shown.rows > 1;
 
-    if (call.kept) {
+    if (order.in_pieces) {
+        Launch cut(device, call.cut);
+        cut.pass_pointers(call.counts, order.queue, order.firsts, order.counter);
+        cut.pass_numbers({order.blocks, order.units, order.wanted, SHORTEST / TILE, device.multiprocessors});
+        cut.run(order.blocks, 1, stream);
+    } else if (order.walks_all) {
+        driver().check(driver().fill(order.counter, 0, 1, stream), "cuMemsetD32Async");
+    } else {
         Launch fill(device, call.queue);
         fill.pass_pointers(call.counts, order.queue, order.cursors);
         fill.pass_numbers({order.blocks, capacity});
         fill.run(1, 1, stream);
-    } else {
-        driver().check(driver().fill(order.cursors + LEVELS, 0, 1, stream), "cuMemsetD32Async");
     }
 
     if (masked) {
@@ -406,9 +433,11 @@ void attend(const Attention& call, void* given, void* stream) {
     }
 
     Launch launch(device, call.attend);
-    for (const Rows* x : {&call.q, &call.k, &call.v, &call.out}) launch.describe(*x);
-    launch.pass_pointers(call.lse, call.kept ? call.kept : order.queue, order.queue, order.cursors + LEVELS);
-    launch.pass_numbers({order.blocks, capacity, order.query_blocks, heads, heads / kv_heads, length, kv_len,
+    for (const Rows* x : {&call.q, &call.k, &call.v}) launch.describe(*x);
+    if (order.in_pieces) launch.pass_pointers(order.partial, order.sums);
+    else launch.describe(call.out), launch.pass_pointers(call.lse);
+    launch.pass_pointers(order.walks_all ? order.queue : call.kept, order.queue, order.counter);
+    launch.pass_numbers({order.units, capacity, order.query_blocks, heads, heads / kv_heads, length, kv_len,
                          std::min(call.causal_offset, kv_len)});
     launch.pass(float(call.scale * LOG2_E));
     const void* absent = call.q.data;
@@ -423,7 +452,14 @@ void attend(const Attention& call, void* given, void* stream) {
     launch.pass_numbers({by_row ? order.fact_words : 0});
     launch.pass_pointers(order.queue);
     launch.pass_numbers({0});
-    launch.run(std::min(order.blocks, device.multiprocessors), 1, stream);
+    launch.run(std::min(order.units, device.multiprocessors), 1, stream);
+
+    if (order.in_pieces) {
+        Launch merge(device, call.merge);
+        merge.pass_pointers(order.partial, order.sums, order.firsts, order.partial, call.out.data, call.lse);
+        merge.pass_numbers({order.query_blocks, heads, length});
+        merge.run(order.blocks * (ROWS * order.value_dim / MERGED_VALUES), 1, stream);
+    }
 }
 
 }  // namespace

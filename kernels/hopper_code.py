@@ -5,7 +5,8 @@ so. Here types, constants and divisibility are written out, so that one kernel s
 and no GPU is needed. The launches in hopper_calls.h pass the parameters in this order, which
 tests/kernels/test_hopper_calls.py checks.
 
-Source: hopper_select.py, select.py, hopper_queue.py, hopper_facts.py and hopper_forward.py, whose kernels these are.
+Source: hopper_select.py, select.py, hopper_queue.py, hopper_facts.py, splits.py and hopper_forward.py, whose kernels
+these are.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +22,7 @@ from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from sparsify.kernels import hopper_facts, hopper_queue, hopper_select
+from sparsify.kernels import hopper_facts, hopper_queue, hopper_select, splits
 from sparsify.kernels.blocks import KEY_BLOCK, QUERY_BLOCK, TILE
 from sparsify.kernels.hopper_coverage import ROWS_OF_A_HEAD
 from sparsify.kernels.hopper_forward import _block_sparse_attention
@@ -112,14 +113,17 @@ class SelectionKernels(_Kernels):
 
 @dataclass(frozen=True)
 class AttentionKernels(_Kernels):
-    """The forward, the queue where it goes by lists, and with a key mask the facts that it judges tiles by."""
+    """The forward; what it goes by: the queue of its lists, or their cut and the merge of pieces; with a key mask the
+    facts that it judges tiles by."""
 
     dtype: torch.dtype
     kind: Kind
+    value_dim: int  # of heads, not padded
 
     def compilers(self) -> list[Callable[[], Any]]:
-        return [self._attend, *([] if self.kind.walks_all else [self._queue]),
-                *([self._facts] if self.kind.key_mask else [])]
+        kind = self.kind
+        order = [] if kind.walks_all else [self._cut, self._merge] if kind.in_pieces else [self._queue]
+        return [self._attend, *order, *([self._facts] if kind.key_mask else [])]
 
     def _queue(self) -> Any:
         kinds = {"counts": "*i32", "queue": "*i64", "cursors": "*i32"}
@@ -127,17 +131,32 @@ class AttentionKernels(_Kernels):
         return _compile(hopper_queue._fill_queue.kernel, kinds, constants, list(kinds),
                         num_warps=hopper_queue.NUM_WARPS)
 
+    def _cut(self) -> Any:
+        kinds = {"counts": "*i32", "units": "*i64", "firsts": "*i32", "counter": "*i32"}
+        constants = {"TILE": TILE, "ROWS": splits.MOST_ROWS, "SLOTS": splits.MOST_UNITS}
+        return _compile(splits._cut_lists.kernel, kinds, constants, list(kinds), num_warps=splits.NUM_WARPS)
+
+    def _merge(self) -> Any:
+        padded, given = self.kind.value_dim, TYPES[self.dtype]
+        kinds = {"partial": "*fp32", "sums": "*fp32", "firsts": "*i32", "sinks": "*fp32", "out": f"*{given}",
+                 "lse": "*fp32"}
+        constants = {"QUERY_BLOCK": QUERY_BLOCK, "ROWS": splits.MERGED_VALUES // padded, "PIECES": splits.MERGED_PIECES,
+                     "DV": self.value_dim, "DV_PAD": padded, "HAS_SINKS": False}
+        return _compile(splits._merge_pieces.kernel, kinds, constants, list(kinds), num_warps=splits.NUM_WARPS)
+
     def _attend(self) -> Any:
         kind, given = self.kind, TYPES[self.dtype]
         kinds = {name: _described(given, [1, 1, KEY_BLOCK, dim], ROWS_OF_A_HEAD) for name, dim in (
             ("q", kind.dim), ("k", kind.dim), ("v", kind.value_dim), ("out", kind.value_dim))}
+        if kind.in_pieces:
+            kinds["out"] = "*fp32"
         kinds |= {"lse": "*fp32", "kept_pairs": "*i64", "queue": "*i64", "counter": "*i32", "scale_log2": "fp32",
                   "query_documents": f"*{given}", "key_documents": f"*{given}", "attn_mask": f"*{given}",
                   "cap_log2": "fp32", "sinks": f"*{given}", "key_facts": "*i64", "row_facts": "*i64"}
         constants = {"ROWS": QUERY_BLOCK, "BLOCK": KEY_BLOCK, "KIND": kind, "WARPGROUP_REGISTERS": WARPGROUP_REGISTERS,
                      "LOADER_REGISTERS": LOADER_REGISTERS}
-        return _compile(_block_sparse_attention.kernel, kinds, constants, ["lse", "kept_pairs", "queue", "counter"],
-                        num_warps=4, maxnreg=REGISTERS)
+        aligned = ["lse", "kept_pairs", "queue", "counter", *(["out"] if kind.in_pieces else [])]
+        return _compile(_block_sparse_attention.kernel, kinds, constants, aligned, num_warps=4, maxnreg=REGISTERS)
 
     def _facts(self) -> Any:
         kinds = {"shown": "*i1", "ids": "*i64", "facts": "*i64"}

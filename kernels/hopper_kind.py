@@ -69,8 +69,10 @@ def kind_of(q: Tensor, v: Tensor, masks: Masks, mask: Tensor, stride_mb: int, st
 
 
 @lru_cache
-def plain_kind(dim: int, value_dim: int, has_key_mask: bool, walks_all: bool = False) -> Kind:
+def plain_kind(dim: int, value_dim: int, has_key_mask: bool, *, walks_all: bool = False,
+               in_pieces: bool = False) -> Kind:
     """The kernel for heads of these dims, under causality and perhaps a key mask."""
     q, v = (torch.empty(1, 1, 1, size, device="meta") for size in (dim, value_dim))
     kind = kind_of(q, v, Masks(causal_offset=0), q, 0, 0, 0, 0)
-    return replace(kind, key_mask=has_key_mask, noted=kind.noted or has_key_mask, walks_all=walks_all)
+    return replace(kind, key_mask=has_key_mask, noted=kind.noted or has_key_mask, walks_all=walks_all,
+                   in_pieces=in_pieces)

@@ -5,9 +5,10 @@
     results   those of select.py and hopper.py, by the same kernels
     errors    RuntimeError where the driver refuses a launch
 
-From Python, the seven kernels of a call take a third of a millisecond to launch, mostly for the descriptors of the copy
-engine; attention at 16K and batch 1 takes no more. The library is built by the machine's C++ compiler on first use and
-kept in the user's cache; without a compiler, and for whatever `None` is said to below, the callers launch from Python.
+From Python, the six to eight kernels of a call take a third of a millisecond to launch, mostly for the descriptors of
+the copy engine; attention at 16K and batch 1 takes no more. The library is built by the machine's C++ compiler on first
+use and kept in the user's cache; without a compiler, and for whatever `None` is said to below, the callers launch from
+Python.
 """
 
 import ctypes
@@ -30,7 +31,7 @@ from sparsify.kernels.launch import is_only_compiling, is_watched
 from sparsify.kernels.masks import Masks
 
 SELECTION = struct.Struct("P8qP8q P2q q 3d 3q 2P 4q q")  # the structs of hopper_calls.h
-ATTENTION = struct.Struct("P8qP8qP8qP8q P2q q d 3P 3q q")
+ATTENTION = struct.Struct("P8qP8qP8qP8q P2q q d 3P 3q 2q q")
 BOX = struct.Struct("4i4I")
 EVERY_KEY = (1 << 63) - 1  # a causal offset under which every row sees every key
 
@@ -66,8 +67,8 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor, *,
-           scale: float, masks: Masks) -> bool:
-    """Fill `out` and `lse` as `hopper.block_sparse_attention` does over whole lists, or `hopper.attention` without.
+           scale: float, masks: Masks, in_pieces: bool = False) -> bool:
+    """Fill `out` and `lse` as `hopper.block_sparse_attention` does, or without lists `hopper.attention`.
 
     False, and nothing done, where masks are not plain, a mask of keys is not dense, heads are wider than 128, or
     somebody listens to Triton's launches.
@@ -75,18 +76,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor] | None,
     library, mask = _library(), masks.key_mask
     if library is None or scale <= 0 or is_watched() or not masks.is_plain or not _is_dense(mask):
         return False
-    kind = plain_kind(q.shape[3], v.shape[3], mask is not None, lists is None)
+    kind = plain_kind(q.shape[3], v.shape[3], mask is not None, walks_all=lists is None, in_pieces=in_pieces)
     if kind.is_wide:
         return False
-    numbers = _numbers_of(library, AttentionKernels(q.dtype, kind))
+    numbers = _numbers_of(library, AttentionKernels(q.dtype, kind, v.shape[3]))
     if numbers is None:
         return is_only_compiling()
     kept, counts = (0, 0) if lists is None else (x.data_ptr() for x in lists)
-    forward, *others = numbers
-    queue = 0 if lists is None else others[0]
-    facts = 0 if mask is None else others[-1]
+    forward, *order = numbers
+    facts = 0 if mask is None else order.pop()
+    queue = order[0] if order else 0
+    cut, merge = order if in_pieces else (-1, -1)
     call = ATTENTION.pack(*_rows(q), *_rows(k), *_rows(v), *_rows(out), *_shown(mask), _offset(masks), scale, kept,
-                          counts, lse.data_ptr(), queue, facts, forward, _device(q))
+                          counts, lse.data_ptr(), forward, queue, facts, cut, merge, _device(q))
     _run(library, library.memory_of_attention, library.attend_blocks, call, q)
     return True
 

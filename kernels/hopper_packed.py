@@ -6,8 +6,7 @@
     errors    none here: `kernels_for` says which sites this op serves
 
 AOTInductor takes no Gluon kernels (torch 2.11 to 2.13). So the op is a C function to it: hopper_shim.cpp, which is
-linked into the package with the machine code of all sites' kernels (`source`). In Python it has no body. Lists are not
-cut into pieces (splits.py) where query blocks are few.
+linked into the package with the machine code of all sites' kernels (`source`). In Python it has no body.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from sparsify.kernels.hopper_code import TYPES, AttentionKernels, SelectionKerne
 from sparsify.kernels.hopper_kind import plain_kind
 
 WIDEST = 128  # head dim of v: wider heads are another layout of the kernel
-SiteKernels = tuple[SelectionKernels, AttentionKernels]
+SiteKernels = tuple[SelectionKernels, AttentionKernels, AttentionKernels]
 
 _OPS = torch.library.Library("sparsify", "FRAGMENT")
 _OPS.define("packed_attention_on_hopper(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, "
@@ -44,8 +43,9 @@ def kernels_for(q: Tensor, v: Tensor, has_key_mask: bool, singles: int) -> SiteK
     D, DV = q.shape[3], v.shape[3]
     if q.dtype not in TYPES or D not in (64, 128) or DV > WIDEST or DV % 8 or singles >= KEY_BLOCK:
         return None
-    return (SelectionKernels(q.dtype, D, singles, has_key_mask),
-            AttentionKernels(q.dtype, plain_kind(D, DV, has_key_mask)))
+    kinds = (plain_kind(D, DV, has_key_mask, in_pieces=in_pieces) for in_pieces in (False, True))
+    whole, pieces = (AttentionKernels(q.dtype, kind, DV) for kind in kinds)
+    return SelectionKernels(q.dtype, D, singles, has_key_mask), whole, pieces
 
 
 def first_kernel(sites: Sequence[SiteKernels], wanted: SiteKernels) -> int:

@@ -45,8 +45,7 @@ AtenTensorHandle memory_for(const View& like, int32_t dtype, int64_t elements) {
 
 }  // namespace
 
-// `key_mask`: bool [B or 1, S]; `first`: the number of the first of this site's kernels, which are in the order of
-// hopper_code.py.
+// `key_mask`: bool [B or 1, S]; `first`: the number of the first of this site's kernels.
 extern "C" AOTITorchError aoti_torch_cuda_packed_attention_on_hopper(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle* key_mask, double scale,
     int64_t* causal_offset, double tolerance, double max_density, int64_t sinks, int64_t local, int64_t singles,
@@ -81,9 +80,14 @@ extern "C" AOTITorchError aoti_torch_cuda_packed_attention_on_hopper(
         }
         Handle out(empty_out(x, values.view));
         Handle lse(memory_for(x, aoti_torch_dtype_float32(), x.sizes[0] * x.sizes[1] * x.sizes[2]));
+        // Kernels in the order of hopper_code.py: four of the selection; those of whole lists, and of lists in pieces,
+        // in both last the facts of a key mask, if there is one.
+        int64_t whole = first + 4, pieces = whole + (key_mask ? 3 : 2);
+        bool cut = units_for(blocks, count_blocks(kv_len, KEYS), x.device) > 0;
         Attention call{rows_of(x), rows_of(keys.view), rows_of(values.view), rows_of(View(out.handle)), shown, offset,
-                       scale, View(kept.handle).data, View(counts.handle).data, View(lse.handle).data, first + 5,
-                       first + 6, first + 4, x.device};
+                       scale, View(kept.handle).data, View(counts.handle).data, View(lse.handle).data,
+                       cut ? pieces : whole, whole + 1, whole + 2, cut ? pieces + 1 : -1, cut ? pieces + 2 : -1,
+                       x.device};
         Handle memory(memory_for(x, aoti_torch_dtype_uint8(), memory_of(call)));
         attend(call, View(memory.handle).data, stream);
         return out.release();

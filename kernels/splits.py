@@ -47,6 +47,7 @@ TILES: tl.constexpr = tl.constexpr((1 << 22) - 1)  # the bits of a number of til
 ROW: tl.constexpr = tl.constexpr((1 << 8) - 1)
 MERGED_VALUES = 512  # of a piece, in one program of the merge
 MERGED_PIECES = 8  # read at once, so that their latencies are one
+NUM_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def cut_lists(counts: Tensor, tile: int, wanted: int, idle: int = 0) -> Cut:
     counter = torch.empty(1, dtype=torch.int32, device=counts.device)
     firsts = torch.empty(rows + 1, dtype=torch.int32, device=counts.device)
     _cut_lists[(rows,)](counts, units, firsts, counter, rows, len(units), wanted, max(1, SHORTEST // tile), idle,
-                        TILE=tile, ROWS=MOST_ROWS, SLOTS=MOST_UNITS, num_warps=4)
+                        TILE=tile, ROWS=MOST_ROWS, SLOTS=MOST_UNITS, num_warps=NUM_WARPS)
     return Cut(units, counter, firsts)
 
 
@@ -180,7 +181,7 @@ def merge_pieces(partial: Tensor, sums: Tensor, cut: Cut, sink_logits: Tensor | 
     _merge_pieces[(B * H * query_blocks * (QUERY_BLOCK // rows),)](
         partial, sums, cut.firsts, partial if sink_logits is None else sink_logits.contiguous(), out, lse,
         query_blocks, H, L, QUERY_BLOCK=QUERY_BLOCK, ROWS=rows, PIECES=MERGED_PIECES, DV=DV, DV_PAD=DV_PAD,
-        HAS_SINKS=sink_logits is not None, num_warps=4)
+        HAS_SINKS=sink_logits is not None, num_warps=NUM_WARPS)
 
 
 def room_for(cut: Cut, value_dim: int) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,10 @@
 
 Without Triton's interpreter and without a GPU; test_hopper_calls.py reads it.
 
-A list for each call: without a key mask, with one of all rows, with one for all; of every launch its grid, threads and
-shared memory, what its machine code was compiled for, and every parameter by its name in the kernel, told apart by the
-types in its PTX. Addresses are names of the call's tensors, or m0, m1 ... for memory in the order in which it is met;
-the counter that lies behind the cursors is called so.
+A list for each call: without a key mask, with one of all rows, with one for all, and the first two with so many keys
+that lists are cut. Of every launch its grid, threads and shared memory, what its machine code was compiled for, and
+every parameter by its name in the kernel, told apart by the types in its PTX. Addresses are names of the call's
+tensors, or m0, m1 ... for memory in the order in which it is met; the counter behind the cursors is called so.
 """
 
 import ctypes
@@ -31,7 +31,8 @@ from tests.kernels.handles import Arguments, returned
 
 HERE = Path(__file__).parent
 FORMATS = {"u64": "q", "u32": "i", "f32": "f"}
-SINGLES, B, H, HKV, L, S, D = 6, 2, 8, 2, 300, 500, 64
+SINGLES, B, H, HKV, L, D = 6, 2, 8, 2, 300, 64
+S, LONG = 500, 5000  # keys; the lists of the longer ones are cut
 SCALE, TOLERANCE, MAX_DENSITY, SINKS, LOCAL = 0.125, 0.03, 0.9, 1, 2
 
 
@@ -43,19 +44,22 @@ def main() -> None:
         folder = Path(name)
         driver = build(folder / "libcuda.so.1", HERE / "recorded_driver.cpp", "-Wl,-soname,libcuda.so.1")
         driver.read_launch.restype = ctypes.c_char_p
-        for rows in (0, B, 1):
-            tensors = made(rows)
+        for number, (rows, length) in enumerate([(0, S), (B, S), (1, S), (0, LONG), (B, LONG)]):
+            tensors = made(rows, length)
             sites = hopper_packed.kernels_for(tensors["q"], tensors["v"], rows > 0, SINGLES)
             assert sites is not None
-            kernels = expected(driver, *sites)
-            from_python(tensors)
+            selection, whole, pieces = sites
+            kernels = expected(driver, selection, pieces if length == LONG else whole)
+            from_python(tensors, length == LONG)
             told["python"].append(launches(driver, kernels, tensors))
-            in_package(folder / f"shim{rows}", tensors, hopper_packed.source([sites]))
+            in_package(folder / f"shim{number}", tensors, hopper_packed.source([sites]))
             del tensors["kept"], tensors["counts"], tensors["out"], tensors["lse"]
             told["package"].append(launches(driver, kernels, tensors))
-            every = hopper_code.AttentionKernels(torch.bfloat16, plain_kind(D, D, rows > 0, walks_all=True))
-            without_lists(tensors)
-            told["without lists"].append(launches(driver, expected(driver, every), tensors))
+            if length == S:
+                kind = plain_kind(D, D, rows > 0, walks_all=True)
+                without_lists(tensors)
+                every = expected(driver, hopper_code.AttentionKernels(torch.bfloat16, kind, D))
+                told["without lists"].append(launches(driver, every, tensors))
         told["refused"] = refused(driver)
         assert driver.contexts() == 0  # all were given back
     json.dump(told, sys.stdout)
@@ -70,30 +74,30 @@ def expected(driver: ctypes.CDLL, *wanted: Any) -> dict[str, Any]:
     return kernels
 
 
-def made(mask_rows: int) -> dict[str, Tensor]:
-    """The tensors of a call."""
+def made(mask_rows: int, length: int) -> dict[str, Tensor]:
+    """The tensors of a call with so many keys."""
     rng = torch.Generator().manual_seed(0)
     q = torch.randn(B, L, H, D, generator=rng).bfloat16().transpose(1, 2)
-    k, v = (torch.randn(B, HKV, S, D, generator=rng).bfloat16() for _ in range(2))
-    masks = {"key_mask": torch.ones(mask_rows, S, dtype=torch.bool)} if mask_rows else {}
+    k, v = (torch.randn(B, HKV, length, D, generator=rng).bfloat16() for _ in range(2))
+    masks = {"key_mask": torch.ones(mask_rows, length, dtype=torch.bool)} if mask_rows else {}
     return {"q": q, "k": k, "v": v, **masks}
 
 
-def from_python(tensors: dict[str, Tensor]) -> None:
+def from_python(tensors: dict[str, Tensor], in_pieces: bool) -> None:
     """Select and attend; what they make is added to the tensors."""
     q, k, v = (tensors[name] for name in "qkv")
-    masks = Masks(S - L, key_mask=tensors.get("key_mask"))
+    masks = Masks(k.shape[2] - L, key_mask=tensors.get("key_mask"))
     out, lse = torch.empty(B, L, H, D, dtype=q.dtype).transpose(1, 2), torch.empty(B, H, L)
     lists = hopper_native.select_blocks(q, k, scale=SCALE, masks=masks, tolerance=TOLERANCE, max_density=MAX_DENSITY,
                                         sinks=SINKS, local=LOCAL, singles=SINGLES)
     assert lists is not None
-    assert hopper_native.attend(q, k, v, lists, out, lse, scale=SCALE, masks=masks)
+    assert hopper_native.attend(q, k, v, lists, out, lse, scale=SCALE, masks=masks, in_pieces=in_pieces)
     tensors |= {"kept": lists.kept, "counts": lists.counts, "out": out, "lse": lse}
 
 
 def refused(driver: ctypes.CDLL) -> list[str]:
     """Which calls are left to Python's launches, though the last is not."""
-    q, k, v = made(0).values()
+    q, k, v = made(0, S).values()
     expected(driver, hopper_code.SelectionKernels(q.dtype, D, SINGLES, has_key_mask=False))
     budget = {"scale": SCALE, "tolerance": TOLERANCE, "max_density": MAX_DENSITY, "sinks": SINKS, "local": LOCAL}
     odd = torch.zeros(B, HKV, S, D + 8, dtype=k.dtype)[..., :D]
@@ -127,11 +131,11 @@ def in_package(folder: Path, tensors: dict[str, Tensor], source: str) -> None:
     code.write_text(source)
     shim = build(folder / "shim.so", code, f"-I{native.FOLDER}", f"-I{torch_root / 'include'}",
                  str(folder.parent / "libcuda.so.1"), f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10")
-    given, number = Arguments(), ctypes.c_int64
+    given, number, offset = Arguments(), ctypes.c_int64, tensors["k"].shape[2] - L
     out = returned(shim.aoti_torch_cuda_packed_attention_on_hopper, *(given.tensor(tensors[name]) for name in "qkv"),
-                   given.optional(tensors.get("key_mask"), None), ctypes.c_double(SCALE), given.optional(S - L, number),
-                   ctypes.c_double(TOLERANCE), ctypes.c_double(MAX_DENSITY), number(SINKS), number(LOCAL),
-                   number(SINGLES), number(0))
+                   given.optional(tensors.get("key_mask"), None), ctypes.c_double(SCALE),
+                   given.optional(offset, number), ctypes.c_double(TOLERANCE), ctypes.c_double(MAX_DENSITY),
+                   number(SINKS), number(LOCAL), number(SINGLES), number(0))
     assert out.shape == (B, H, L, D) and out.stride() == (L * H * D, D, H * D, 1)
 
 

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="the driver o
               pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")]
 # As in recorded_launches.py, which does not import under Triton's interpreter.
 SINGLES, B, H, HKV, L, S, D = 6, 2, 8, 2, 300, 500, 64
+LONG = 5000  # keys of the calls whose lists are cut
 BLOCKS, ROOM, LOG2_E = 8, 32, 1.4426950408889634
 SIZES = {"query_blocks": 3, "H": H, "GROUP": H // HKV, "L": L, "S": S, "offset": S - L}
 KERNELS = ["_sample_keys", "_quantise_keys", "_estimate_peaks", "_pack_lists", "_fill_queue", "_gather_facts",
@@ -149,7 +150,31 @@ def test_exact_attention_goes_without_lists(recorded, which):
     assert attend["threads"] == attend["threads_of_code"] and attend["shared"] == attend["compiled_shared"]
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("masked", [False, True])
+def test_lists_of_few_query_blocks_are_cut(recorded, masked):
+    launches = recorded["python"][3 + masked]
+    assert [launch["kernel"] for launch in launches] == [
+        *KERNELS[:4], "_cut_lists", *(["_gather_facts"] if masked else []), "_block_sparse_attention", "_merge_pieces"]
+    by_kernel = {launch["kernel"]: launch for launch in launches}
+    rows, key_blocks, programs = B * H * 3, 79, 132
+    slots = rows + programs
+    cut = parameters(by_kernel["_cut_lists"], {"counts": "counts", "rows": rows, "slots": slots, "wanted": programs,
+                                               "shortest": 4, "idle": programs})
+    attend = parameters(by_kernel["_block_sparse_attention"], {
+        "kept_pairs": "kept", "queue": cut["units"], "counter": cut["counter"], "blocks": slots,
+        "pair_capacity": key_blocks // 2 + 2, "query_blocks": 3, "S": LONG, "offset": LONG - L,
+        "stride_key_facts": (key_blocks + 2) * 3 if masked else 0})
+    merge = parameters(by_kernel["_merge_pieces"], {
+        "partial": attend["out"], "sums": attend["lse"], "firsts": cut["firsts"], "out": "out", "lse": "lse",
+        "query_blocks": 3, "H": H, "L": L})
+    assert len({merge["partial"], merge["sums"], merge["firsts"], cut["units"], cut["counter"]}) == 5
+    assert by_kernel["_cut_lists"]["grid"] == [rows, 1] and by_kernel["_block_sparse_attention"]["grid"] == [132, 1]
+    assert by_kernel["_merge_pieces"]["grid"] == [rows * 128 * D // 512, 1]
+    for launch in launches:
+        assert launch["threads"] == launch["threads_of_code"] and launch["shared"] == launch["compiled_shared"]
+
+
+@pytest.mark.parametrize("which", range(5))
 def test_a_package_launches_what_python_does(recorded, which):
     def without_places(launches):
         """All but which memory is which: torch gives what was freed to the next."""
