@@ -36,7 +36,7 @@ BOX = struct.Struct("4i4I")
 EVERY_KEY = (1 << 63) - 1  # a causal offset under which every row sees every key
 
 log = logging.getLogger("sparsify")
-_numbers: dict[SelectionKernels | AttentionKernels, Future[tuple[int, ...] | None]] = {}
+_found: dict[SelectionKernels | AttentionKernels, Future[tuple[Any, tuple[int, ...]] | None]] = {}
 _adding = threading.Lock()
 
 
@@ -47,19 +47,20 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
     None where q or k has other strides than multiples of 16 elements, where a mask of keys is not dense, or where
     somebody listens to Triton's launches. Inside `compiling_ahead` lists that nothing has written.
     """
-    library, mask = _library(), masks.key_mask
-    if library is None or scale <= 0 or is_watched() or not (_is_aligned(q) and _is_aligned(k) and _is_dense(mask)):
+    mask = masks.key_mask
+    if scale <= 0 or is_watched() or not (_is_aligned(q) and _is_aligned(k) and _is_dense(mask)):
         return None
-    numbers = _numbers_of(library, SelectionKernels(q.dtype, q.shape[3], singles, mask is not None))
-    if numbers is None and not is_only_compiling():
+    found = _find(SelectionKernels(q.dtype, q.shape[3], singles, mask is not None))
+    if found is None and not is_only_compiling():
         return None
     B, H, L, _ = q.shape
     query_blocks = count_blocks(L, QUERY_BLOCK)
     kept = torch.empty(B, H, query_blocks, capacity(count_blocks(k.shape[2], KEY_BLOCK)), dtype=torch.int32,
                        device=q.device)
     counts = torch.empty(B, H, query_blocks, dtype=torch.int32, device=q.device)
-    if numbers is None:
+    if found is None:
         return KeptLists(kept, counts)
+    library, numbers = found
     call = SELECTION.pack(*_rows(q), *_rows(k), *_shown(mask), _offset(masks), scale, tolerance, max_density, sinks,
                           local, singles, kept.data_ptr(), counts.data_ptr(), *numbers, _device(q))
     _run(library, library.memory_of_selection, library.select_blocks, call, q)
@@ -73,15 +74,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor] | None,
     False, and nothing done, where masks are not plain, a mask of keys is not dense, heads are wider than 128, or
     somebody listens to Triton's launches.
     """
-    library, mask = _library(), masks.key_mask
-    if library is None or scale <= 0 or is_watched() or not masks.is_plain or not _is_dense(mask):
+    mask = masks.key_mask
+    if scale <= 0 or is_watched() or not masks.is_plain or not _is_dense(mask):
         return False
     kind = plain_kind(q.shape[3], v.shape[3], mask is not None, walks_all=lists is None, in_pieces=in_pieces)
     if kind.is_wide:
         return False
-    numbers = _numbers_of(library, AttentionKernels(q.dtype, kind, v.shape[3]))
-    if numbers is None:
+    found = _find(AttentionKernels(q.dtype, kind, v.shape[3]))
+    if found is None:
         return is_only_compiling()
+    library, numbers = found
     kept, counts = (0, 0) if lists is None else (x.data_ptr() for x in lists)
     forward, *order = numbers
     facts = 0 if mask is None else order.pop()
@@ -127,24 +129,25 @@ def _is_dense(mask: Tensor | None) -> bool:
     return mask is None or mask.stride(1) == 1
 
 
-def _numbers_of(library: Any, wanted: SelectionKernels | AttentionKernels) -> tuple[int, ...] | None:
-    """The library's numbers of these kernels; None where they cannot be compiled, or shall only be.
+def _find(wanted: SelectionKernels | AttentionKernels) -> tuple[Any, tuple[int, ...]] | None:
+    """The library and its numbers of these kernels; None where either cannot be had, or shall only be compiled.
 
-    Compiled by a thread: inside `compiling_ahead` nobody waits for it.
+    Made by threads, the library and all kernels at once: inside `compiling_ahead` nobody waits for them.
     """
     with _adding:
-        if wanted not in _numbers:
-            _numbers[wanted] = _pool().submit(_add_all, library, wanted)
-    return None if is_only_compiling() else _numbers[wanted].result()
+        if wanted not in _found:
+            _found[wanted] = _pool().submit(_add_all, _library(), wanted)
+    return None if is_only_compiling() else _found[wanted].result()
 
 
-def _add_all(library: Any, wanted: SelectionKernels | AttentionKernels) -> tuple[int, ...] | None:
+def _add_all(opened: Future[Any], wanted: SelectionKernels | AttentionKernels) -> tuple[Any, tuple[int, ...]] | None:
     try:
         compiled = wanted.compiled()
     except Exception as error:  # of a Triton that takes these kernels otherwise: it may still launch them itself
         log.warning("sparsify launches attention from Python, which takes the host longer: %s", error)
         return None
-    return tuple(_add(library, kernel) for kernel in compiled)
+    library = opened.result()
+    return None if library is None else (library, tuple(_add(library, kernel) for kernel in compiled))
 
 
 @functools.cache
@@ -162,8 +165,12 @@ def _add(library: Any, compiled: Any) -> int:
 
 
 @functools.cache
-def _library() -> Any:
-    """The compiled library, from the cache or built now; None where it cannot be built."""
+def _library() -> Future[Any]:
+    """The compiled library, when it is open; None where it cannot be built."""
+    return _pool().submit(_open)
+
+
+def _open() -> Any:
     sources = [native.FOLDER / name for name in ("hopper_native.cpp", "hopper_calls.h")]
     library = native.built(sources, ["-shared", "-ldl"], "hopper", ".so", lambda path: ctypes.CDLL(str(path)))
     if library is None:
