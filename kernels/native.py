@@ -232,15 +232,19 @@ def shim(*, shared: bool = False) -> Path | None:
 
 
 def build_object(source: str, target: Path) -> Path | None:
-    """An object file of C++ that includes files of this folder and of torch; None without a compiler."""
+    """An object file of C++ that includes files of this folder and of torch; None without a compiler that can."""
     compiler = _compiler()
     if compiler is None:
         return None
     code = target.with_suffix(".cpp")
     code.write_text(source)
     folders = [FOLDER, Path(torch.__file__).parent / "include"]
-    _build([compiler, "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", *(f"-I{folder}" for folder in folders), "-c",
-            str(code)], target)
+    try:
+        _build([compiler, "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", *(f"-I{folder}" for folder in folders),
+                "-c", str(code)], target)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("sparsify: %s could not be built: %s", code.name, error)
+        return None
     return target
 
 
@@ -249,7 +253,7 @@ def _compiler() -> str | None:
 
 
 def built(sources: Sequence[Path], flags: Sequence[str], name: str, suffix: str,
-           opened: Callable[[Path], Opened]) -> Opened | None:
+          opened: Callable[[Path], Opened]) -> Opened | None:
     """The file that the compiler makes of the first source, from the cache or built now; None where it cannot be
     built, or opened. Its name in the cache changes with all sources and flags."""
     compiler = _compiler()

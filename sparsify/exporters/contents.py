@@ -142,7 +142,7 @@ class Contents:
         That of its bucket; with few queries (`planned.FEW_QUERIES`) the first that drops nothing, if there is one.
         Raises OptionError for a key length that the file does not take.
         """
-        if self.key_length is None:
+        if self.key_length is None or self.query_length is None:  # both or neither
             return 0
         given = [x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor)]
         values: dict[str, int] = {}
@@ -150,7 +150,7 @@ class Contents:
             for expr, size in zip(known.sizes, tensor.shape, strict=True):
                 if not isinstance(expr, int) and parse_size(expr).is_Symbol:
                     values[expr] = size
-        length, queries = (int(parse_size(x).subs(values)) for x in (self.key_length, self.query_length or "0"))
+        length, queries = (int(parse_size(x).subs(values)) for x in (self.key_length, self.query_length))
         for place, (lo, hi) in enumerate(self.buckets):
             if lo <= length and (hi is None or length < hi):
                 return place if queries > FEW_QUERIES or self._exact_program is None else self._exact_program

@@ -3,8 +3,10 @@
 And a package launches what Python does.
 """
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from sparsify.kernels import native
 
 pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of these tests runs nothing"),
               pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")]
@@ -193,3 +197,19 @@ def test_what_is_left_to_python(recorded):
     """Of calls that differ from one that is not in one thing each."""
     assert recorded["refused"] == ["strides of 8 elements", "a negative scale", "a mask with gaps", "another Triton",
                                    "a window"]
+
+
+def test_the_constants_are_those_of_the_kernels():
+    """What hopper_calls.h says again of numbers that Python has."""
+    code = ("from sparsify.kernels import blocks, hopper_facts, hopper_queue, hopper_select, splits\n"
+            "print(dict(ROWS=blocks.QUERY_BLOCK, KEYS=blocks.KEY_BLOCK, TILE=blocks.TILE, CHUNK=hopper_select.CHUNK, "
+            "PEAK_PROGRAMS=hopper_select.PROGRAMS_PER_MULTIPROCESSOR, SAMPLES=hopper_select.SAMPLES, "
+            "CHANNELS=hopper_select.CHANNELS, LEVELS=hopper_queue.LEVELS, FACTS=hopper_facts.CHUNK, "
+            "MOST_ROWS=splits.MOST_ROWS, MOST_UNITS=splits.MOST_UNITS, FEWEST_KEY_BLOCKS=splits.FEWEST_KEY_BLOCKS, "
+            "SHORTEST=splits.SHORTEST, MERGED_VALUES=splits.MERGED_VALUES))")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "TRITON_INTERPRET": "0"}).stdout
+    source = (native.FOLDER / "hopper_calls.h").read_text()
+    lines = re.findall(r"^constexpr int64_t (.*?);", source, re.MULTILINE)
+    written = {name: int(value) for line in lines for name, value in re.findall(r"(\w+) = (\d+)", line)}
+    assert written == ast.literal_eval(told)
