@@ -42,7 +42,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts
     """Launch `_block_sparse_attention`; arguments as above, covered by `why_not`."""
     wanted = _units_for(q, k)
     out, lse = _outputs(q, v)
-    if hopper_native.attend(q, k, v, (kept, counts), out, lse, scale=scale, masks=masks, in_pieces=wanted > 0):
+    if hopper_native.attend(q, k, v, (kept, counts), out, lse, scale=scale, masks=masks, pieces=wanted):
         return out, lse
     extras, _ = score_arguments(masks, q)
     kind = kind_of(q, v, masks, *extras[5:10])

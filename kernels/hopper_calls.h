@@ -82,9 +82,10 @@ struct Attention {
     Shown shown;
     int64_t causal_offset;
     double scale;
-    void *kept, *counts, *lse;     // lists as in blocks.py, or none
-    int64_t attend, queue, facts;  // kernels; `attend` of a kind that goes with lists, or without
-    int64_t cut, merge;            // below 0: `attend` does not go with lists in pieces, either
+    void *kept, *counts, *lse;  // lists as in blocks.py, or none
+    int64_t pieces;             // to cut the lists into, all together; 0: they stay whole
+    int64_t attend, order;      // kernels: for lists whole or in pieces, or for none; what queues or cuts the lists
+    int64_t facts, merge;
     int64_t device;
 };
 
@@ -372,17 +373,16 @@ int64_t units_for(int64_t blocks, int64_t key_blocks, int64_t device) {
 // The sizes of an attention, and the memory between its kernels.
 struct Order {
     bool walks_all, in_pieces;
-    int64_t query_blocks, key_blocks, blocks, wanted, units, value_dim;  // units: room for pieces, or query blocks
-    int64_t fact_words;                                                  // of one row of a key mask
+    int64_t query_blocks, key_blocks, blocks, units, value_dim;  // units: room for pieces, or query blocks
+    int64_t fact_words;                                          // of one row of a key mask
     int64_t *queue, *facts;
     int32_t *cursors, *counter, *firsts;
     float *partial, *sums;
 
     Order(const Attention& call, Memory& memory)
-        : walks_all(!call.kept), in_pieces(call.cut >= 0), query_blocks(count_blocks(call.q.sizes[2], ROWS)),
+        : walks_all(!call.kept), in_pieces(call.pieces > 0), query_blocks(count_blocks(call.q.sizes[2], ROWS)),
           key_blocks(count_blocks(call.k.sizes[2], KEYS)), blocks(call.q.sizes[0] * call.q.sizes[1] * query_blocks),
-          wanted(in_pieces ? units_for(blocks, key_blocks, call.device) : 0),
-          units(in_pieces ? wanted + blocks : blocks), value_dim(64), fact_words(3 * (key_blocks + TILE)) {
+          units(call.pieces + blocks), value_dim(64), fact_words(3 * (key_blocks + TILE)) {
         while (value_dim < call.v.sizes[3]) value_dim *= 2;
         queue = memory.take<int64_t>(walks_all ? 1 : units);
         facts = memory.take<int64_t>(call.shown.rows * fact_words);
@@ -412,14 +412,14 @@ void attend(const Attention& call, void* given, void* stream) {
     bool masked = call.shown.rows, by_row = call.shown.rows > 1;
 
     if (order.in_pieces) {
-        Launch cut(device, call.cut);
+        Launch cut(device, call.order);
         cut.pass_pointers(call.counts, order.queue, order.firsts, order.counter);
-        cut.pass_numbers({order.blocks, order.units, order.wanted, SHORTEST / TILE, device.multiprocessors});
+        cut.pass_numbers({order.blocks, order.units, call.pieces, SHORTEST / TILE, device.multiprocessors});
         cut.run(order.blocks, 1, stream);
     } else if (order.walks_all) {
         driver().check(driver().fill(order.counter, 0, 1, stream), "cuMemsetD32Async");
     } else {
-        Launch fill(device, call.queue);
+        Launch fill(device, call.order);
         fill.pass_pointers(call.counts, order.queue, order.cursors);
         fill.pass_numbers({order.blocks, capacity});
         fill.run(1, 1, stream);

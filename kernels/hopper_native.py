@@ -30,7 +30,7 @@ from sparsify.kernels.launch import is_only_compiling, is_watched
 from sparsify.kernels.masks import Masks
 
 SELECTION = struct.Struct("P8qP8q P2q q 3d 3q 2P 4q q")  # the structs of hopper_calls.h
-ATTENTION = struct.Struct("P8qP8qP8qP8q P2q q d 3P 3q 2q q")
+ATTENTION = struct.Struct("P8qP8qP8qP8q P2q q d 3P q 4q q")
 BOX = struct.Struct("4i4I")
 EVERY_KEY = (1 << 63) - 1  # a causal offset under which every row sees every key
 
@@ -67,16 +67,16 @@ def select_blocks(q: Tensor, k: Tensor, *, scale: float, masks: Masks, tolerance
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor, *,
-           scale: float, masks: Masks, in_pieces: bool = False) -> bool:
+           scale: float, masks: Masks, pieces: int = 0) -> bool:
     """Fill `out` and `lse` as `hopper.block_sparse_attention` does, or without lists `hopper.attention`.
 
-    False, and nothing done, where masks are not plain, a mask of keys is not dense, heads are wider than 128, or
-    somebody listens to Triton's launches.
+    `pieces`: to cut the lists into, all together (`splits.units_for`); 0: none. False, and nothing done, where masks
+    are not plain, a mask of keys is not dense, heads are wider than 128, or somebody listens to Triton's launches.
     """
     mask = masks.key_mask
     if scale <= 0 or is_watched() or not masks.is_plain or not _is_dense(mask):
         return False
-    kind = plain_kind(q.shape[3], v.shape[3], mask is not None, walks_all=lists is None, in_pieces=in_pieces)
+    kind = plain_kind(q.shape[3], v.shape[3], mask is not None, walks_all=lists is None, in_pieces=pieces > 0)
     if kind.is_wide:
         return False
     found = _find(AttentionKernels(q.dtype, kind, v.shape[3]))
@@ -84,12 +84,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor] | None,
         return is_only_compiling()
     library, numbers = found
     kept, counts = (0, 0) if lists is None else (x.data_ptr() for x in lists)
-    forward, *order = numbers
-    facts = 0 if mask is None else order.pop()
-    queue = order[0] if order else 0
-    cut, merge = order if in_pieces else (-1, -1)
+    forward, *others = numbers
+    facts = 0 if mask is None else others.pop()
+    order, merge = (*others, 0, 0)[:2]
     call = ATTENTION.pack(*_rows(q), *_rows(k), *_rows(v), *_rows(out), *_shown(mask), _offset(masks), scale, kept,
-                          counts, lse.data_ptr(), forward, queue, facts, cut, merge, _device(q))
+                          counts, lse.data_ptr(), pieces, forward, order, facts, merge, _device(q))
     _run(library, library.memory_of_attention, library.attend_blocks, call, q)
     return True
 

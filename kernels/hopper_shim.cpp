@@ -82,12 +82,11 @@ extern "C" AOTITorchError aoti_torch_cuda_packed_attention_on_hopper(
         Handle lse(memory_for(x, aoti_torch_dtype_float32(), x.sizes[0] * x.sizes[1] * x.sizes[2]));
         // Kernels in the order of hopper_code.py: four of the selection; those of whole lists, and of lists in pieces,
         // in both last the facts of a key mask, if there is one.
-        int64_t whole = first + 4, pieces = whole + (key_mask ? 3 : 2);
-        bool cut = units_for(blocks, count_blocks(kv_len, KEYS), x.device) > 0;
+        int64_t whole = first + 4, cut = whole + (key_mask ? 3 : 2);
+        int64_t pieces = units_for(blocks, count_blocks(kv_len, KEYS), x.device), used = pieces ? cut : whole;
         Attention call{rows_of(x), rows_of(keys.view), rows_of(values.view), rows_of(View(out.handle)), shown, offset,
-                       scale, View(kept.handle).data, View(counts.handle).data, View(lse.handle).data,
-                       cut ? pieces : whole, whole + 1, whole + 2, cut ? pieces + 1 : -1, cut ? pieces + 2 : -1,
-                       x.device};
+                       scale, View(kept.handle).data, View(counts.handle).data, View(lse.handle).data, pieces,
+                       used, used + 1, whole + 2, cut + 2, x.device};
         Handle memory(memory_for(x, aoti_torch_dtype_uint8(), memory_of(call)));
         attend(call, View(memory.handle).data, stream);
         return out.release();

@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 FORMATS = {"u64": "q", "u32": "i", "f32": "f"}
 SINGLES, B, H, HKV, L, D = 6, 2, 8, 2, 300, 64
 S, LONG = 500, 5000  # keys; the lists of the longer ones are cut
+PROGRAMS = 132  # multiprocessors of the GPU that recorded_driver.cpp is
 SCALE, TOLERANCE, MAX_DENSITY, SINKS, LOCAL = 0.125, 0.03, 0.9, 1, 2
 
 
@@ -50,7 +51,7 @@ def main() -> None:
             assert sites is not None
             selection, whole, pieces = sites
             kernels = expected(driver, selection, pieces if length == LONG else whole)
-            from_python(tensors, length == LONG)
+            from_python(tensors, PROGRAMS if length == LONG else 0)
             told["python"].append(launches(driver, kernels, tensors))
             in_package(folder / f"shim{number}", tensors, hopper_packed.source([sites]))
             del tensors["kept"], tensors["counts"], tensors["out"], tensors["lse"]
@@ -83,7 +84,7 @@ def made(mask_rows: int, length: int) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, **masks}
 
 
-def from_python(tensors: dict[str, Tensor], in_pieces: bool) -> None:
+def from_python(tensors: dict[str, Tensor], pieces: int) -> None:
     """Select and attend; what they make is added to the tensors."""
     q, k, v = (tensors[name] for name in "qkv")
     masks = Masks(k.shape[2] - L, key_mask=tensors.get("key_mask"))
@@ -91,7 +92,7 @@ def from_python(tensors: dict[str, Tensor], in_pieces: bool) -> None:
     lists = hopper_native.select_blocks(q, k, scale=SCALE, masks=masks, tolerance=TOLERANCE, max_density=MAX_DENSITY,
                                         sinks=SINKS, local=LOCAL, singles=SINGLES)
     assert lists is not None
-    assert hopper_native.attend(q, k, v, lists, out, lse, scale=SCALE, masks=masks, in_pieces=in_pieces)
+    assert hopper_native.attend(q, k, v, lists, out, lse, scale=SCALE, masks=masks, pieces=pieces)
     tensors |= {"kept": lists.kept, "counts": lists.counts, "out": out, "lse": lse}
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import RULE, Case, draw_masks, on_hopper, qkv
+from kernel_cases import RULE, Case, assert_attention_is_right, draw_masks, on_hopper, qkv, random_lists
+from test_splits import HOPPER, HOPPER_MASKED
 
-from sparsify.kernels import hopper, hopper_native, select
+from sparsify.kernels import hopper, hopper_native, select, splits
 
 pytestmark = [pytest.mark.gpu, on_hopper]
 BUDGET = {"scale": 0.1, "tolerance": 0.02, "max_density": 0.9, "singles": 6, **RULE}
@@ -37,6 +38,33 @@ def test_launches_from_c_are_those_of_python(case, dtype, rng, poisoned_memory, 
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
     assert not any(results[0][i].isnan().any() for i in (2, 4))
+
+
+PLAIN = [case for case in (*HOPPER, *HOPPER_MASKED) if not case.extras and max(case.D, case.Dv) <= 128]
+
+
+@pytest.fixture
+def short_lists_are_cut(monkeypatch):
+    monkeypatch.setattr(splits, "FEWEST_KEY_BLOCKS", 0)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_pieces_from_c_are_those_of_python(case, density, short_lists_are_cut, rng, poisoned_memory, monkeypatch):
+    q, k, v = qkv(rng, case, torch.float16)
+    masks = draw_masks(rng, case)
+    assert hopper._units_for(q, k) > 0
+    lists = random_lists(rng, case, masks, density)
+    ours = hopper.block_sparse_attention(q, k, v, *lists, scale=0.1, masks=masks)
+    monkeypatch.setattr(hopper_native, "attend", lambda *args, **call: False)
+    theirs = hopper.block_sparse_attention(q, k, v, *lists, scale=0.1, masks=masks)
+    assert all(map(torch.equal, ours, theirs)) and not ours[0].isnan().any()
+
+
+@pytest.mark.parametrize("case", [*CASES, *PLAIN], ids=str)
+def test_attention_from_c_is_as_good_as_torch(case, short_lists_are_cut, rng, poisoned_memory, monkeypatch):
+    monkeypatch.setattr(hopper, "kind_of", lambda *args: pytest.fail("launched from Python"))
+    assert_attention_is_right(hopper.block_sparse_attention, rng, case, torch.bfloat16, 0.4, scale=case.D**-0.5)
 
 
 def test_calls_that_c_does_not_launch_fall_back(rng):

@@ -12,7 +12,7 @@ from kernel_cases import (
     random_lists,
 )
 
-from sparsify.kernels import attend, blocks, hopper, splits
+from sparsify.kernels import attend, blocks, hopper, hopper_native, splits
 from sparsify.kernels.hopper_coverage import why_not
 from sparsify.kernels.masks import Masks
 from sparsify.kernels.scores import LOG2_E
@@ -64,7 +64,13 @@ MIXED = [(case, (torch.bfloat16, torch.float16)[i % 2]) for i, case in enumerate
 
 
 @pytest.fixture
-def cuts(monkeypatch):
+def by_python(monkeypatch):
+    """Nothing is launched from C++, where cuts are not seen; test_hopper_native.py compares the two."""
+    monkeypatch.setattr(hopper_native, "attend", lambda *args, **call: False)
+
+
+@pytest.fixture
+def cuts(monkeypatch, by_python):
     """Any call of few query blocks is cut, into pieces of a tile or more; the list has an entry for each that was."""
     made = []
     monkeypatch.setattr(splits, "FEWEST_KEY_BLOCKS", 0)
@@ -208,7 +214,7 @@ def test_hopper_gives_the_same_bits_twice(cuts, rng):
 
 @pytest.mark.gpu
 @on_hopper
-def test_hopper_cuts_by_the_card_alone(rng, monkeypatch):
+def test_hopper_cuts_by_the_card_alone(rng, by_python, monkeypatch):
     """Real numbers: a chunk of eight heads is cut, the same chunk of a model with 40 heads is not."""
     made = []
     monkeypatch.setattr(hopper, "cut_lists", lambda *args, **call: made.append(splits.cut_lists(*args, **call))
