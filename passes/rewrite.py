@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from sparsify import ops
 from sparsify.ops import crossover
 from sparsify.passes.arrange import rearrange
-from sparsify.passes.axes import Dims, extent, flat, op_name
+from sparsify.passes.axes import Dims, Size, extent, flat, op_name
 from sparsify.passes.emit import documents, key_mask, size_node
 from sparsify.passes.graph import (
     arguments,
@@ -315,9 +315,10 @@ def _op_may_gain(chosen: ChosenSite) -> bool:
     site, mask = chosen.site, chosen.mask
     heads, _, dim, value_dim = _sizes(site)
     shown = mask.causal_offset is None or mask.causal_offset == 0
-    query = value(site.query.node)
-    return (shown and not mask.carried and same(site.q_len, site.kv_len) and bool(heads and dim and value_dim)
-            and crossover.op_may_beat_sdpa(query.device.type, site.dtype, chosen.least_keys, heads, dim + value_dim))
+    if not (shown and not mask.carried and same(site.q_len, site.kv_len) and heads and dim and value_dim):
+        return False
+    return crossover.op_may_beat_sdpa(value(site.query.node).device.type, site.dtype, chosen.least_keys, heads,
+                                      dim + value_dim, batch=max(_known(site.batch), 1))
 
 
 def _depends(chosen: ChosenSite) -> tuple[str, ...]:
@@ -356,10 +357,13 @@ def _sdpa_causality(query: fx.Node, key: fx.Node, site: AttentionSite, mask: Mas
 
 def _sizes(site: AttentionSite) -> tuple[int, int, int, int]:
     """Heads, KV heads, head dim and value dim; 0 for a symbol."""
-    def known(size: Any) -> int:
-        return int(size) if isinstance(size, int | sympy.Integer) else 0
+    dims = extent(site.layout.dim), extent(site.layout.value_dim)
+    return _known(site.heads), _known(site.kv_heads), _known(dims[0]), _known(dims[1])
 
-    return known(site.heads), known(site.kv_heads), known(extent(site.layout.dim)), known(extent(site.layout.value_dim))
+
+def _known(size: Size) -> int:
+    """A size, or 0 for a symbol."""
+    return int(size) if isinstance(size, int | sympy.Integer) else 0
 
 
 def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -141,17 +141,18 @@ def test_sparse_bfloat16_pays_late_on_a_cpu(length, dtype, pays, monkeypatch):
     assert crossover.selection_pays(q, q, q, 0.25, Masks(0), 0.03, 6) == pays
 
 
-@pytest.mark.parametrize(("device", "dtype", "keys", "heads", "pays"), [
-    ("cpu", torch.float32, 1024, 1, True),
-    ("cpu", torch.float32, 1023, 32, False),
-    ("cpu", torch.float16, 4096, 32, False),  # computed in float32, and SDPA is not
-    ("cuda", torch.bfloat16, 4096, 32, True),
-    ("cuda", torch.bfloat16, 1024, 32, False),  # over before the op is launched
-    ("cuda", torch.bfloat16, 4096, 4, False),
-    ("mps", torch.float32, 4096, 32, False),
+@pytest.mark.parametrize(("device", "dtype", "keys", "heads", "batch", "pays"), [
+    ("cpu", torch.float32, 1024, 1, 1, True),
+    ("cpu", torch.float32, 1023, 32, 4, False),
+    ("cpu", torch.float16, 4096, 32, 1, False),  # computed in float32, and SDPA is not
+    ("cuda", torch.bfloat16, 4096, 32, 1, True),
+    ("cuda", torch.bfloat16, 1024, 32, 1, False),  # over before the op is launched
+    ("cuda", torch.bfloat16, 4096, 4, 1, False),
+    ("cuda", torch.bfloat16, 4096, 4, 4, True),
+    ("mps", torch.float32, 4096, 32, 4, False),
 ])
-def test_the_exact_op_stands_in_for_sdpa_where_it_may_gain(device, dtype, keys, heads, pays):
-    assert crossover.op_may_beat_sdpa(device, dtype, keys, heads, 256) == pays
+def test_the_exact_op_stands_in_for_sdpa_where_it_may_gain(device, dtype, keys, heads, batch, pays):
+    assert crossover.op_may_beat_sdpa(device, dtype, keys, heads, 256, batch) == pays
 
 
 @pytest.mark.parametrize(("peaks", "pays"), [(0.0, False), (0.2 * 1024 * 0.03, True), (0.9 * 1024 * 0.03, False)])

@@ -196,15 +196,15 @@ def dense_seconds(q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> float:
     return 2 * pairs * (q.shape[3] + v.shape[3]) / DENSE_RATE[q.element_size()]
 
 
-def op_may_beat_sdpa(device_type: str, dtype: torch.dtype, keys: int, heads: int, dims: int) -> bool:
+def op_may_beat_sdpa(device_type: str, dtype: torch.dtype, keys: int, heads: int, dims: int, batch: int = 1) -> bool:
     """Whether `exact_attention` may be faster than SDPA in a graph, where SDPA says the masks without a tensor.
 
-    keys: the fewest of any call, queries likewise; dims: of a query and a value head together. On a GPU an op costs the
-    host more than SDPA does, which dense attention must hide; half of its pairs are counted, for one batch.
+    keys, batch: the least of any call, queries as many as keys; dims: of a query and a value head together. On a GPU an
+    op costs the host more than SDPA does, which dense attention must hide; half of its pairs are counted.
     """
     if device_type == "cpu":
         return dtype == torch.float32 and keys >= exact.LONG_ON_CPU
-    return device_type == "cuda" and keys * keys * heads * dims >= OP_SECONDS * DENSE_RATE[dtype.itemsize]
+    return device_type == "cuda" and batch * keys * keys * heads * dims >= OP_SECONDS * DENSE_RATE[dtype.itemsize]
 
 
 @lru_cache(maxsize=4096)  # sites times lengths; a call looks up what the last one computed

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from graphs import capture, qkv, rewritten
 
 from sparsify import ops
+from sparsify.ops import crossover
 from sparsify.plan import Bucket, Budget, Plan
 
 SPARSE = Plan((Bucket(1, None, Budget(0.0)),))
@@ -97,6 +98,18 @@ def test_a_dense_site_is_the_exact_op_where_every_call_is_long(attention, length
         torch._dynamo.mark_dynamic(x, 2)
     torch.testing.assert_close(function.call(x), attention(x, x + 1, x - 1), rtol=tolerance, atol=tolerance)
     assert [record.op.rpartition(".")[2] for record in function.records] == [op]
+
+
+@pytest.mark.parametrize(("dynamic", "batch"), [(False, 3), (True, 1)])
+def test_whether_the_exact_op_may_gain_is_asked_for_the_least_batch(dynamic, batch, monkeypatch):
+    asked = []
+    monkeypatch.setattr(crossover, "op_may_beat_sdpa", lambda *sizes, batch: asked.append((*sizes, batch)))
+    x = torch.rand(3, 4, 100, 8)
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 0)
+    function = rewritten(lambda x: causal_sdpa(x, x + 1, x - 1), Plan.dense(), dynamic=None if dynamic else False)
+    function.call(x)
+    assert asked == [("cpu", torch.float32, 100, 4, 16, batch)]
 
 
 def test_layers_share_one_key_mask():
