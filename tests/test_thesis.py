@@ -396,7 +396,7 @@ def test_bars_are_the_issues():
 def _retrieval(*right):
     """Answers right of 25 at each of four depths."""
     by_depth = [{"right": found, "queries": 25} for found in right]
-    return {"retrieval": {"kv": {"right": sum(right) / 100, "by_depth": by_depth}}}
+    return {"retrieval": {"kv": {"right": sum(right) / 100, "queries": 100, "by_depth": by_depth}}}
 
 
 def test_a_shipped_plan_is_judged_at_every_length_and_the_default_is_not():
@@ -461,6 +461,7 @@ def test_a_part_that_was_killed_goes_on_on_the_same_commit(subject, tmp_path, mo
     assert asked[3:] == again
     assert [(row["length"], row["kind"]) for row in written["lengths"]] == [
         (length, kind) for length in (512, 640) for kind in "ab"]
+    assert written["command"].partition(" --lengths ")[2] == "512 640"
 
 
 def test_signals_and_research_run_on_a_small_model(subject, monkeypatch):

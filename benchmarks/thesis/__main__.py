@@ -2,7 +2,7 @@
 
     python -m benchmarks.thesis all                                         the shipped model, every part
     python -m benchmarks.thesis rules --model SMOLLM2 --lengths 512 2048    one part, another model
-    python -m benchmarks.thesis transfer --plan plan.json
+    python -m benchmarks.thesis transfer --plan plan.json --queries 400     a quarter of depths has 100 answers
 
 Parts: needed (a), transfer (b), rules (c), static (d), signal (e), symbols (f), research (g); each module says what it
 does. Writes <model>-<part>.json and SVG charts to --out, and bars to benchmarks/figures.json (`rules`; `transfer` where
@@ -57,6 +57,9 @@ def main() -> None:
     extra: dict[str, tuple[Any, ...]] = {"transfer": (options.plan, options.queries), "symbols": (options.queries,)}
     facts = environment(options.device)
     command = f"python -m benchmarks.thesis {{}} --model {'tiny-lm' if subject.name == 'tiny-lm' else 'MODEL'}"
+    for name in ("lengths", "documents", "plan", "queries"):  # what numbers depend on, where it is given
+        if (given := getattr(options, name)) != parser.get_default(name):
+            command += f" --{name} {' '.join(map(str, given)) if name == 'lengths' else getattr(given, 'name', given)}"
     for part in PARTS if "all" in options.part else options.part:
         measure_part(part, subject, lengths, extra.get(part, ()), options, facts, command.format(part))
 

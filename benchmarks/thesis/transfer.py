@@ -96,11 +96,12 @@ def figures(name: str, result: dict[str, Any], where: str, command: str) -> list
         bars = [("KL", of_plan["kl"], 0.01, "nats"), ("loss rise", of_plan["loss_rise"], 0.003, "relative"),
                 ("loss rise, upper 95 % bound", of_plan["loss_rise_interval"][1], 0.005, "relative")]
         for kind, answers in of_plan.get("retrieval", {}).items():
-            behind = round(100 * (row["dense"]["retrieval"][kind]["right"] - answers["right"]), 4)
-            bars.append((f"{kind}, points behind dense", behind, 1.0, "points"))
-            depths = zip(row["dense"]["retrieval"][kind]["by_depth"], answers["by_depth"], strict=True)
-            worst = max(100 * (dense["right"] - ours["right"]) / max(1, ours["queries"]) for dense, ours in depths)
-            bars.append((f"{kind}, points behind dense at the worst quarter of depths", round(worst, 4), 1.0, "points"))
+            depths = list(zip(row["dense"]["retrieval"][kind]["by_depth"], answers["by_depth"], strict=True))
+            lost = [dense["right"] - ours["right"] for dense, ours in depths]
+            behind = 100 * sum(lost) / answers["queries"]
+            worst = max(100 * some / max(1, ours["queries"]) for some, (_, ours) in zip(lost, depths, strict=True))
+            bars += [(f"{kind}, points behind dense", round(behind, 4), 1.0, "points"),
+                     (f"{kind}, points behind dense at the worst quarter of depths", round(worst, 4), 1.0, "points")]
         found += [Figure("budgets", f"{name} {row['length']}: {what} of the plan", value, f"<= {bar:g}", unit, where,
                          command) for what, value, bar, unit in bars]
     return found
