@@ -231,20 +231,16 @@ def shim(*, shared: bool = False) -> Path | None:
     return built([*SHIM, *SOURCES], flags, "shim", ".so" if shared else ".o", lambda path: path)
 
 
-def build_object(source: str, target: Path) -> Path | None:
-    """An object file of C++ that includes files of this folder and of torch; None without a compiler that can."""
+def build_object(source: str, target: Path) -> Path:
+    """An object file of C++ that includes files of this folder and of torch. Raises OSError that says why not."""
     compiler = _compiler()
     if compiler is None:
-        return None
+        raise OSError("none was found")
     code = target.with_suffix(".cpp")
     code.write_text(source)
     folders = [FOLDER, Path(torch.__file__).parent / "include"]
-    try:
-        _build([compiler, "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", *(f"-I{folder}" for folder in folders),
-                "-c", str(code)], target)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("sparsify: %s could not be built: %s", code.name, error)
-        return None
+    _build([compiler, "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", *(f"-I{folder}" for folder in folders),
+            "-c", str(code)], target)
     return target
 
 
@@ -268,19 +264,24 @@ def built(sources: Sequence[Path], flags: Sequence[str], name: str, suffix: str,
             if not target.exists():
                 _build([compiler, *FLAGS, str(sources[0]), *flags], target)  # libraries behind what needs them
             return opened(target)
-        except (OSError, subprocess.SubprocessError) as error:  # a read-only home, a compiler that cannot
+        except OSError as error:  # a read-only home, a compiler that cannot
             log.info("sparsify: %s could not be built in %s: %s", sources[0].name, folder or "a temporary folder",
                      error)
     return None
 
 
 def _build(command: list[str], target: Path) -> None:
+    """Run the compiler. Raises OSError with its last words."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, suffix=target.suffix, delete=False) as partial:
         command = [*command, "-o", partial.name]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         os.replace(partial.name, target)  # whole or not at all, also when two processes build at once
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"{command[0]} failed: {error.stderr.decode(errors='replace').strip()[-1000:]}") from error
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{command[0]} was not done after {error.timeout:g} seconds") from error
     finally:
         Path(partial.name).unlink(missing_ok=True)
 

@@ -58,13 +58,15 @@ SHIMS = {
 def write(captured: Captured, path: Path) -> list[str]:
     """Compile the program and pack it, with what it says of itself as an extra file. Raises ExportError."""
     contents = Contents.of(captured, "aot_inductor")
-    if not _is_on_cuda(captured):
-        with _linked(native.shim(), SHIMS) as options:
+    capability = _capability_of(captured)
+    if capability is None:
+        with _linked(_shim(), SHIMS) as options:
             models = {_name(0, 1): _compile(captured, captured.program, options)}
         contents = replace(contents, processor=tuple(sorted(native.instructions())))
         notes = ["compiled for this kind of processor; it needs torch to run, and nothing of sparsify"]
     else:
         models, notes = _compile_buckets(captured)
+        contents = replace(contents, capability=capability)
     package_pt2(str(path), aoti_files=models, extra_files={NAME: contents.to_json()})
     return notes
 
@@ -83,7 +85,7 @@ def _compile_buckets(captured: Captured) -> tuple[dict[str, list[Any]], list[str
             from sparsify.kernels import hopper_packed  # Gluon: only for Hopper
 
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            library = native.build_object(hopper_packed.source(kernels), Path(folder) / "sparsify_hopper.o")
+            library = _built(hopper_packed.source(kernels), Path(folder) / "sparsify_hopper.o")
             options = stack.enter_context(_linked(library, hopper_packed.DECLARATIONS))
         models = {_name(i, len(buckets)): _compile(captured, program, options) for i, program in enumerate(programs)}
     notes = [f"{len(models)} models are in the file, one for each bucket, and weights are in each: "
@@ -97,8 +99,11 @@ def _name(bucket: int, buckets: int) -> str:
     return "model" if buckets == 1 else f"bucket{bucket:02}"
 
 
-def _is_on_cuda(captured: Captured) -> bool:
-    return any(x.is_cuda for x in pytree.tree_leaves((captured.args, dict(captured.kwargs))) if isinstance(x, Tensor))
+def _capability_of(captured: Captured) -> tuple[int, int] | None:
+    """Compute capability of the GPU that the example's inputs are on; None: they are on a CPU."""
+    inputs = (x for x in pytree.tree_leaves((captured.args, dict(captured.kwargs))) if isinstance(x, Tensor))
+    device = next((x.device for x in inputs if x.is_cuda), None)
+    return None if device is None else torch.cuda.get_device_capability(device)
 
 
 def _compile(captured: Captured, program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
@@ -151,12 +156,26 @@ def _check_linked(file: Any) -> None:
                           "is told not to use it: install its development files, or name another compiler by CXX.")
 
 
-@contextlib.contextmanager
-def _linked(library: Path | None, declarations: dict[Any, list[str]]) -> Iterator[dict[str, Any]]:
-    """Options under which AOTInductor calls C functions in place of ops, and links the object file they are in."""
+def _shim() -> Path:
+    library = native.shim()
     if library is None:
-        raise ExportError("no C++ compiler was found, and an AOTInductor package is compiled by one. Install g++, or "
-                          "name one by the environment variable CXX.")
+        raise ExportError("no C++ compiler was found that can compile our kernels, and an AOTInductor package is "
+                          "compiled by one. Install g++, or name one by the environment variable CXX; what it says is "
+                          "in the log named sparsify, at level INFO.")
+    return library
+
+
+def _built(source: str, target: Path) -> Path:
+    try:
+        return native.build_object(source, target)
+    except OSError as error:
+        raise ExportError(f"an AOTInductor package is compiled by a C++ compiler: {error}. Install g++, or name "
+                          "another one by the environment variable CXX.") from error
+
+
+@contextlib.contextmanager
+def _linked(library: Path, declarations: dict[Any, list[str]]) -> Iterator[dict[str, Any]]:
+    """Options under which AOTInductor calls C functions in place of ops, and links the object file they are in."""
     before = os.environ.get("LIBRARY_PATH")  # where the linker looks; Inductor has no option for it
     os.environ["LIBRARY_PATH"] = os.pathsep.join([str(library.parent), *([before] if before else [])])
     try:
@@ -169,6 +188,20 @@ def _linked(library: Path | None, declarations: dict[Any, list[str]]) -> Iterato
             os.environ["LIBRARY_PATH"] = before
 
 
+def _check_capability(wanted: tuple[int, int] | None, path: Path) -> None:
+    """Raise ExportError where no GPU is, or none that runs machine code for this compute capability."""
+    if wanted is None:
+        return
+    compiled = f"file {str(path)!r} was compiled for GPUs of compute capability {wanted[0]}.{wanted[1]}"
+    if not torch.cuda.is_available():
+        raise ExportError(f"{compiled}, and torch finds no GPU here. Run it where there is one.")
+    here = torch.cuda.get_device_capability()
+    # Machine code runs on the same generation, as new or newer; what uses Hopper's own instructions there alone.
+    if here[0] != wanted[0] or here < wanted:
+        raise ExportError(f"{compiled}, and this one has {here[0]}.{here[1]}. Export the model on a GPU like this one, "
+                          "or as an ExportedProgram.")
+
+
 def load(path: Path) -> Runner:
     """The package as a call. Raises ExportError."""
     contents = read_contents(path)
@@ -177,6 +210,7 @@ def load(path: Path) -> Runner:
     if missing:
         raise ExportError(f"file {str(path)!r} was compiled for a processor with {', '.join(missing)}, which this one "
                           "has not. Export the model on a processor like this one, or as an ExportedProgram.")
+    _check_capability(contents.capability, path)
     try:
         models = load_pt2(str(path)).aoti_runners
     except Exception as error:  # what torch raises for a package of another version is of many kinds

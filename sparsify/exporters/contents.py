@@ -28,7 +28,7 @@ from sparsify.tracing import describe
 
 NAME = "sparsify.json"
 """Name of the extra file, and of the key in ONNX metadata."""
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Contents:
     query_length  the query length of sites with a table
     buckets     the ranges of key lengths, as far as they can be reached
     processor   instructions that machine code for a CPU may use; empty: the file holds none
+    capability  compute capability of the GPU that machine code is for; None: the file holds none
     """
 
     target: str
@@ -82,6 +83,7 @@ class Contents:
     query_length: str | None
     buckets: tuple[tuple[int, int | None], ...]
     processor: tuple[str, ...] = ()
+    capability: tuple[int, int] | None = None
     sparsify: str = __version__
     torch: str = torch.__version__
     ops: int = VERSION
@@ -122,7 +124,7 @@ class Contents:
                        tuple(Input(**{**x, "sizes": tuple(x["sizes"])}) for x in data["inputs"]),
                        {name: (low, high) for name, (low, high) in data["ranges"].items()}, data["key_length"],
                        data["query_length"], tuple((lo, hi) for lo, hi in data["buckets"]), tuple(data["processor"]),
-                       data["sparsify"], data["torch"], data["ops"])
+                       _pair(data["capability"]), data["sparsify"], data["torch"], data["ops"])
         except (KeyError, TypeError, ValueError, PlanError) as error:
             raise ExportError(f"{where}: its {NAME} cannot be read ({type(error).__name__}: {error}). Export the model "
                               "again.") from error
@@ -191,6 +193,10 @@ class Contents:
         lines += [f"{name} from {low} to {'any' if high is None else high}" for name, (low, high) in
                   self.ranges.items()]
         return "\n".join([*lines, *(f"{site.index}  {describe(site)}" for site in self.sites)])
+
+
+def _pair(given: Sequence[int] | None) -> tuple[int, int] | None:
+    return None if given is None else (given[0], given[1])
 
 
 SIZE = re.compile(r"(?:[su]\d+|\d+|[-+*/() ])+")

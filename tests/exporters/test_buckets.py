@@ -14,11 +14,11 @@ from torch.export import Dim
 import sparsify
 import tests.interpreter  # noqa: F401
 from sparsify import ops
-from sparsify.errors import OptionError
+from sparsify.errors import ExportError, OptionError
 from sparsify.exporters import aot_inductor, buckets
 from sparsify.exporters.capture import PLANNED, capture, with_graph
 from sparsify.exporters.contents import Contents
-from sparsify.kernels import packed
+from sparsify.kernels import native, packed
 from sparsify.plan import Bucket, Budget, Plan
 from tests.exporters.models import TWO_EDGES, Attend
 from tests.ops.cases import Case
@@ -147,15 +147,46 @@ def test_each_call_runs_the_model_of_its_bucket(tmp_path, monkeypatch):
 
     captured = capture(Attend(), torch.randn(2, 150, 32), SMALL, [{1: Dim("length", max=1000)}])
     with monkeypatch.context() as patch:
-        patch.setattr(aot_inductor, "_is_on_cuda", lambda captured: True)
+        patch.setattr(aot_inductor, "_capability_of", lambda captured: (9, 0))
         patch.setattr(buckets, "program_for", numbered)
         aot_inductor.write(captured, tmp_path / "model.pt2")
+    with pytest.raises(ExportError, match="for GPUs of compute capability 9.0, and torch finds no GPU here"):
+        aot_inductor.load(tmp_path / "model.pt2")
+    monkeypatch.setattr(aot_inductor, "_check_capability", lambda wanted, path: None)
     run, whole = aot_inductor.load(tmp_path / "model.pt2"), captured.program.module()
     for place, length in enumerate((100, 150, 250)):
         x = torch.randn(2, length, 32)
         torch.testing.assert_close(run(x)[0], whole(x) * (1 + place), rtol=1e-4, atol=1e-5)
     names = [aot_inductor._name(i, 12) for i in range(12)]
     assert not [(a, b) for a in names for b in names if a != b and b.startswith(a)]
+
+
+@pytest.mark.parametrize(("wanted", "here", "runs"), [
+    ((9, 0), (9, 0), True), ((8, 0), (8, 6), True), ((8, 6), (8, 0), False), ((9, 0), (10, 0), False),
+    (None, None, True)])
+def test_a_package_for_another_gpu_is_refused(wanted, here, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: here)
+    if runs:
+        aot_inductor._check_capability(wanted, Path("model.pt2"))
+        return
+    with pytest.raises(ExportError, match=rf"capability {wanted[0]}\.{wanted[1]}, and this one has {here[0]}\."):
+        aot_inductor._check_capability(wanted, Path("model.pt2"))
+
+
+@ON_CPU
+@pytest.mark.parametrize(("compiler", "why"), [
+    ("/nowhere/g++", "/nowhere/g\\+\\+"), ("false", "false failed"), (None, "none was found")])
+def test_a_compiler_that_fails_is_quoted(compiler, why, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_compiler", lambda: compiler)
+    with pytest.raises(ExportError, match=f"compiled by a C\\+\\+ compiler: .*{why}.* environment variable CXX"):
+        aot_inductor._built("int f();", tmp_path / "f.o")
+
+
+@ON_CPU
+def test_a_compiler_says_what_is_wrong(tmp_path):
+    with pytest.raises(ExportError, match="does not name a type"):
+        aot_inductor._built("wrong f();", tmp_path / "f.o")
 
 
 OPENED = """
