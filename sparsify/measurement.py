@@ -158,6 +158,12 @@ class Quality:
     sparse_loss: float = 0.0
     agreements: int = 0
 
+    @property
+    def mean_kl(self) -> float:
+        """Mean over positions; NaN stays NaN."""
+        mean = self.kl / self.positions
+        return 0.0 if mean < 0 else mean  # rounding alone can make it negative
+
     def add(self, dense: Tensor, sparse: Tensor, ids: Tensor) -> None:
         """Compare logits [length, vocabulary] a few rows at a time: both whole in float32 would double the memory."""
         step = max(1, CHUNK_ELEMENTS // dense.shape[-1])
@@ -167,7 +173,8 @@ class Quality:
             self.dense_loss -= float(log_p[:len(targets)].gather(-1, targets).sum(dtype=torch.float64))
             self.sparse_loss -= float(log_q[:len(targets)].gather(-1, targets).sum(dtype=torch.float64))
             self.agreements += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            self.kl += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+            terms = log_p.exp() * (log_p - log_q)
+            self.kl += float(terms.masked_fill(log_p == -torch.inf, 0.0).sum(dtype=torch.float64))  # 0 log 0 is 0
             self.targets += len(targets)
         self.positions += len(ids)
 
@@ -184,12 +191,12 @@ def _measure(dense: Side, sparse: Side, windows: list[Tensor], bucket: Bucket, r
     tell("timing")
     dense_seconds, sparse_seconds = time_in_turns(dense, sparse, ids, repeats)
     return Row(
-        length=ids.shape[1], bucket=str(bucket), budget=str(bucket.budget),
+        length=ids.shape[1], bucket=str(bucket), budget=bucket.headline,
         dense_ms=1e3 * dense_seconds, sparse_ms=1e3 * sparse_seconds,
         attention_share=_attention_share(dense, ids), density=density,
         dense_loss=quality.dense_loss / max(1, quality.targets),
         sparse_loss=quality.sparse_loss / max(1, quality.targets),
-        kl=max(0.0, quality.kl / quality.positions),  # rounding alone can make it negative
+        kl=quality.mean_kl,
         top1_agreement=quality.agreements / quality.positions,
     )
 

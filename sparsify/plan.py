@@ -195,6 +195,12 @@ class Bucket:
         """The budget of the attention site with this index."""
         return self.sites.get(site, self.budget)
 
+    @property
+    def headline(self) -> str:
+        """The budget in a few words; that it is only of other sites, where sites with their own drop blocks."""
+        sparse = sum(not budget.is_dense for budget in self.sites.values())
+        return f"{sparse} sites by their own" if self.budget.is_dense and sparse else str(self.budget)
+
     def __contains__(self, length: int) -> bool:
         return self.lo <= length and (self.hi is None or length < self.hi)
 

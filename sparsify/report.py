@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,15 @@ class Row:
         return self.dense_ms / self.sparse_ms
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, in the order of the schema."""
-        return {
+        """Plain data, in the order of the schema; None for what is not finite, which JSON has no word for."""
+        data = {
             "length": self.length, "bucket": self.bucket, "budget": self.budget,
             "dense_ms": self.dense_ms, "sparse_ms": self.sparse_ms, "speedup": self.speedup,
             "attention_share": self.attention_share, "density": self.density,
             "dense_loss": self.dense_loss, "sparse_loss": self.sparse_loss,
             "kl": self.kl, "top1_agreement": self.top1_agreement,
         }
+        return {name: None if isinstance(x, float) and not isfinite(x) else x for name, x in data.items()}
 
     def cells(self) -> list[str]:
         """One text per column of COLUMNS."""

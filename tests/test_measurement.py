@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +57,18 @@ def test_a_sparse_bucket_drops_blocks_and_says_how_many(measured):
     assert (row.length, row.bucket, row.budget) == (LENGTHS[1], f"[{EDGE}, inf)", "tolerance 0.05")
     assert 0.5 < row.density < 1  # the first of the two sites is dense
     assert row.kl > 0
+
+
+def test_what_is_not_finite_is_null_in_json(measured):
+    row = replace(measured[2].rows[1], kl=math.nan, dense_loss=math.inf).to_dict()
+    assert (row["kl"], row["dense_loss"]) == (None, None) and row["density"] < 1
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+def test_a_mean_of_nan_is_no_zero():
+    quality = measurement.Quality(positions=2, kl=math.nan)
+    assert math.isnan(quality.mean_kl)
+    assert measurement.Quality(positions=2, kl=-1e-9).mean_kl == 0.0
 
 
 def test_times_and_shares_are_of_one_run(measured):

@@ -50,6 +50,12 @@ def test_sites_override_the_budget_of_a_bucket():
     assert THREE.buckets[1].budget_of(3) == Budget(0.01)
 
 
+def test_a_bucket_whose_sites_drop_blocks_is_not_called_dense():
+    """As a plan with a guarantee has it: everything is in its sites."""
+    assert Bucket(1, None, DENSE, {0: Budget(0.1), 1: Budget(0.2), 2: DENSE}).headline == "2 sites by their own"
+    assert [bucket.headline for bucket in THREE.buckets[:2]] == ["dense", "tolerance 0.02"]
+
+
 def test_equal_neighbours_merge_and_others_do_not():
     plan = Plan((Bucket(1, 10, DENSE), Bucket(10, 20, DENSE), Bucket(20, 30, Budget(0.1)),
                  Bucket(30, None, Budget(0.1), {0: DENSE})))

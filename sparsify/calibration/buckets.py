@@ -1,6 +1,6 @@
 """From gates at single lengths to the buckets of a plan, and the same again on other hardware."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf, log
 from statistics import fmean
@@ -8,6 +8,7 @@ from statistics import fmean
 import torch
 
 from sparsify.calibration.gains import LEAST_GAIN, calls_of_layers, gain
+from sparsify.calibration.request import fingerprint
 from sparsify.errors import PlanError
 from sparsify.plan import Bucket, Budget, Gate, Plan
 
@@ -37,8 +38,9 @@ def assemble(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
 def remeasure(plan: Plan, device: torch.device, dtype: torch.dtype) -> Plan:
     """The same plan on this machine: thresholds stay as they were judged, what they save is measured again.
 
-    A bucket that was dense only for want of a gain may become sparse, and the other way round. Layers are timed with
-    random tensors of their shapes and kept for the ops to find. Raises PlanError for a plan that was not calibrated.
+    A bucket that was dense only for want of a gain may become sparse, and the other way round; one that was edited
+    since stays, for nothing is known of what it keeps. Layers are timed with random tensors of their shapes, and the
+    times kept for the ops to find. Raises PlanError for a plan that was not calibrated.
     """
     gates = sorted((gate for bucket in plan.buckets for gate in bucket.gates), key=lambda gate: gate.length)
     if not gates or not plan.graph:
@@ -46,16 +48,30 @@ def remeasure(plan: Plan, device: torch.device, dtype: torch.dtype) -> Plan:
                         "again. Make one with sparsify.calibrate.")
     buckets: list[Bucket] = []
     for gate in gates:
+        edited = plan.bucket_of(gate.length)
+        if _is_edited(edited):
+            if not buckets or buckets[-1].lo != edited.lo:
+                buckets.append(edited)
+            continue
         calls = calls_of_layers(plan.graph, gate.length, gate.budget.singles, device, dtype)
         budgets = {call.site: gate.sites.get(call.site, gate.budget) for call in calls}
         saved = gain([call for call in calls if call.site in gate.densities], gate.densities, budgets)
         timed = all(call.times or call.small for call in calls)
-        bucket = bucket_of(replace(gate, gain=saved, timed=timed), buckets[-1].gates[0].length if buckets else 0)
+        bucket = bucket_of(replace(gate, gain=saved, timed=timed), buckets[-1].gates[-1].length if buckets else 0)
         before = plan.bucket_of(gate.length)
         if before.budget == bucket.budget:
             bucket = replace(bucket, bounds=before.bounds)
         buckets.append(bucket)
-    return replace(plan, buckets=assemble(buckets))
+    return replace(plan, buckets=assemble(buckets), fingerprint={**plan.fingerprint, **fingerprint(device, dtype)})
+
+
+def _is_edited(bucket: Bucket) -> bool:
+    """Whether a bucket says other than its gates do: one of them, where two were joined."""
+    def kept(gate: Gate) -> tuple[Budget, Mapping[int, Budget]]:
+        decided = bucket_of(gate, 0)
+        return decided.budget, decided.sites
+
+    return (bucket.budget, bucket.sites) not in [kept(gate) for gate in bucket.gates]
 
 
 def _with_peaks(budget: Budget, gate: Gate) -> Budget:

@@ -9,6 +9,9 @@ The outputs of a language model are logits [batch, length, vocabulary]: a tensor
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from math import isfinite
+from types import CodeType
 from typing import Any, Literal
 
 import torch
@@ -40,6 +43,44 @@ def name_of(metric: Metric, output: Any, ids: Tensor | None) -> str:
     return "output"
 
 
+def identity_of(metric: Any) -> Any:
+    """What a metric's results depend on, as plain data, the same in another process; else the same for no other.
+
+    Of a function its code, the constants in it, and what it finds by name or in its closure, as far as that is plain.
+    """
+    if isinstance(metric, str):
+        return metric
+    if isinstance(metric, partial):
+        return ["partial", identity_of(metric.func), _plain(metric.args), _plain(metric.keywords)]
+    code = getattr(metric, "__code__", None)
+    if code is None:
+        call = vars(type(metric)).get("__call__")
+        return [repr(type(metric)), _plain(vars(metric)), identity_of(call)] if hasattr(call, "__code__") and hasattr(
+            metric, "__dict__") else repr(metric)
+    known = getattr(metric, "__globals__", {})
+    named = {name: known[name] for name in code.co_names if isinstance(known.get(name), str | int | float | tuple)}
+    closure = [cell.cell_contents for cell in getattr(metric, "__closure__", None) or ()]
+    return [getattr(metric, "__module__", ""), getattr(metric, "__qualname__", ""), _code(code), _plain(named),
+            _plain(closure), _plain(getattr(metric, "__defaults__", None)),
+            _plain(getattr(metric, "__kwdefaults__", None)), _plain(getattr(metric, "__self__", None))]
+
+
+def _code(code: CodeType) -> list[Any]:
+    return [code.co_code.hex(), [_code(x) if isinstance(x, CodeType) else repr(x) for x in code.co_consts],
+            list(code.co_names)]
+
+
+def _plain(x: Any) -> Any:
+    """As JSON takes it. What cannot be described has its address in it: no other process finds results by that."""
+    if isinstance(x, Tensor):
+        return [str(x.dtype), list(x.shape), repr(x.tolist())]
+    if isinstance(x, Mapping):
+        return [[repr(name), _plain(value)] for name, value in x.items()]
+    if isinstance(x, list | tuple):
+        return [_plain(y) for y in x]
+    return identity_of(x) if isinstance(x, partial) or hasattr(x, "__code__") else repr(x)
+
+
 def error_of(name: str, metric: Metric, dense: Any, sparse: Any,
              ids: Tensor | None) -> tuple[float, tuple[float, float] | None]:
     """The error of one window, and the dense and sparse next-token losses where outputs are logits of tokens."""
@@ -49,7 +90,7 @@ def error_of(name: str, metric: Metric, dense: Any, sparse: Any,
         quality = Quality()
         quality.add(tensor_of(dense)[0], tensor_of(sparse)[0], ids.to(tensor_of(dense).device))
         losses = quality.dense_loss / max(1, quality.targets), quality.sparse_loss / max(1, quality.targets)
-        error = max(0.0, quality.kl / quality.positions) if name == "kl" else losses[1] - losses[0]
+        error = quality.mean_kl if name == "kl" else losses[1] - losses[0]
         return _checked(error, "the model's logits"), losses
     if callable(metric):
         return _checked(metric(dense, sparse), "metric(dense, sparse)"), None
@@ -80,6 +121,7 @@ def _checked(error: Any, where: str) -> float:
         error = float(error)
     except (TypeError, ValueError) as mistake:
         raise OptionError(f"metric returned {error!r}. It must return a number.") from mistake
-    if error != error:
-        raise ModelError(f"{where} gave NaN. Results so far are in the journal; calibrate once that is mended.")
+    if not isfinite(error):
+        raise ModelError(f"{where} gave {'NaN' if error != error else error}, which is no error to compare. Results so "
+                         "far are in the journal; calibrate once that is mended.")
     return error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import timings
-from sparsify.calibration.metrics import Metric
+from sparsify.calibration.metrics import Metric, identity_of
 from sparsify.errors import DeviceError, ModelError, OptionError
 from sparsify.measurement import check_compiler, device_and_dtype, device_name, encode, tokenizer_of
 
@@ -74,11 +74,7 @@ def encoder(model: nn.Module, tokenizer: Any) -> Callable[[str], Tensor]:
 
 def settings(model: nn.Module, metric: Metric, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What every result depends on, beside window and budget."""
-    code = getattr(metric, "__code__", None)
-    name = metric if isinstance(metric, str) else [
-        getattr(metric, "__module__", ""), getattr(metric, "__qualname__", type(metric).__name__),
-        code.co_code.hex() if code is not None else ""]
-    return {"model": _weights_hash(model), "metric": name, **fingerprint(device, dtype)}
+    return {"model": _model_hash(model), "metric": identity_of(metric), **fingerprint(device, dtype)}
 
 
 def fingerprint(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -87,9 +83,13 @@ def fingerprint(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
             **timings.versions()}
 
 
-def _weights_hash(model: nn.Module) -> str:
-    """Of class, names, shapes and some values of every parameter and buffer: enough to tell a fine-tuned model."""
+def _model_hash(model: nn.Module) -> str:
+    """Of class, names, shapes and some values of every parameter and buffer: enough to tell a fine-tuned model. And of
+    plain attributes of all modules: a scale or a window."""
     state = hashlib.sha256(repr(type(model)).encode())
+    for name, module in model.named_modules():
+        plain = {key: x for key, x in vars(module).items() if isinstance(x, str | int | float) and key[0] != "_"}
+        state.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}".encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         flat = tensor.detach().flatten()
         some = flat[::max(1, flat.numel() // 256)].cpu()

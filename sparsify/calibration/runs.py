@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify import ops
+from sparsify import ops, timings
 from sparsify.backend import compiled_call, rewrite_graph, site_shapes
 from sparsify.calibration.gains import SiteCall, observe
 from sparsify.calibration.gate import Evidence
@@ -117,7 +117,17 @@ class Runs:
             self._run(window, DENSE, watch)
             return [call.to_dict() for call in seen]
 
-        return [SiteCall.from_dict(x) for x in self.journal.get(look, "calls", self._shape(window))]
+        return [SiteCall.from_dict(x) for x in
+                self.journal.get(look, "calls", timings.mode(), self._shape(window))]
+
+    def key_lengths(self, window: Window) -> set[int]:
+        """Of the attention calls that a window makes. Attention over patches or a pooled text has fewer than tokens."""
+        def look() -> list[int]:
+            seen: set[int] = set()
+            self._run(window, DENSE, lambda site, q, k, v, scale, masks: seen.add(k.shape[2]))
+            return sorted(seen)
+
+        return set(self.journal.get(look, "key lengths", self._shape(window)))
 
     def watched(self, window: Window, trial: Trial, watch: Watch) -> None:
         """Run a window once more, with somebody who sees the tensors of every call."""
@@ -134,7 +144,8 @@ class Runs:
             return {"metric": name, "graph": [vars(x) for x in graph],
                     "causal": all(record.mask.startswith("causal") for record in taken)}
 
-        facts = self.journal.get(look, "about")
+        form = "tokens" if window.ids is not None else [len(window.arguments), sorted(window.keywords)]
+        facts = self.journal.get(look, "about", form)
         return Facts(facts["metric"], tuple(SiteShape(**x) for x in facts["graph"]), facts["causal"])
 
     def seconds(self, length: int) -> float | None:
@@ -195,7 +206,7 @@ class Runs:
 
     def _outline(self, window: Window, trial: Trial) -> Any:
         """What a trial says for this window, as plain data: buckets that it does not meet change nothing."""
-        lengths = {len(window.ids)} if window.ids is not None else {call.kv_len for call in self.calls(window)}
+        lengths = self.key_lengths(window)
         return [[bucket.budget.to_dict(), {str(site): x.to_dict() for site, x in sorted(bucket.sites.items())},
                  sorted(length for length in lengths if length in bucket)]
                 for bucket in trial.buckets if any(length in bucket for length in lengths)]

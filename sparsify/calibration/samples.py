@@ -1,12 +1,14 @@
 """Samples to documents, documents to windows of each length, windows to two shares: to choose on, and to judge on.
 
 A sample is read once and may come from a generator. Kept are, per kind and length, the documents with the smallest hash
-of their content, and of each a span of the longest length: memory does not grow with the samples, their order does not
-matter, and the same samples give the same windows. A document is wholly in one share, whatever the length.
+of their content, and of each a span of the longest length: memory does not grow with the samples, the order of those
+that are read (MOST_SAMPLES) does not matter, and the same samples give the same windows. A document is wholly in one
+share, whatever the length.
 """
 
 import ctypes
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SampleError
+
+log = logging.getLogger("sparsify")
 
 MOST_SAMPLES = 4096
 """Read at most: samples may come from a generator without end."""
@@ -85,6 +89,8 @@ def read_documents(samples: Iterable[Any], encode: Callable[[str], Tensor] | Non
     are_texts, longest = None, 0
     for number, sample in enumerate(samples):
         if number >= MOST_SAMPLES:
+            log.warning("sparsify: only the first %d samples are read. Shuffle them if kinds come one behind the "
+                        "other.", MOST_SAMPLES)
             break
         document = _document(sample, number, encode, lengths[-1])
         if are_texts not in (None, document.tokens is not None):

@@ -77,10 +77,10 @@ def calibrate(model: nn.Module, samples: Iterable[Any], *, max_error: float = 0.
 
     model      any nn.Module that compiles, in eval mode, on the device and in the dtype that it will run in; it is
                compiled on the side and not changed
-    samples    an iterable, read once, of documents: token ids int64 [tokens] or [1, tokens] or strings, from which
-               windows of each length are cut; or whole inputs of the model: a tensor, a tuple of arguments, a dict of
-               keywords. `Sample(inputs, kind)` labels one. Each is one draw of what the model will meet: not pages of
-               one book, if it will meet other books
+    samples    an iterable, read once and no further than 4096, of documents: token ids int64 [tokens] or [1, tokens]
+               or strings, from which windows of each length are cut; or whole inputs of the model: a tensor, a tuple
+               of arguments, a dict of keywords. `Sample(inputs, kind)` labels one. Each is one draw of what the model
+               will meet: not pages of one book, if it will meet other books
     max_error  what the upper confidence bound of the mean error must not exceed, in units of the metric
     metric     "kl": KL(dense || sparse) in nats a token; the next-token loss must not rise by more than 0.3 % (upper
                bound 0.5 %) either. "loss": rise of that loss, nats a token. A callable (dense output, sparse output)
@@ -219,8 +219,11 @@ class _Search:
                           "Give more or longer documents, or shorter lengths.")
 
     def _capped(self, shares: Shares, length: int) -> Shares:
-        return Shares(shares.choosers[:_most(self.device, "choosers", length)],
-                      shares.judges[:_most(self.device, "judges", length)])
+        """As many as a length can afford; one of every kind at least, which come first."""
+        def cut(windows: tuple[Window, ...], share: str) -> tuple[Window, ...]:
+            return windows[:max(_most(self.device, share, length), len({window.kind for window in windows}))]
+
+        return Shares(cut(shares.choosers, "choosers"), cut(shares.judges, "judges"))
 
     def _trial(self, length: _Length, budget: Budget, sites: Mapping[int, Budget] | None = None) -> Trial:
         return Trial((*self.decided, Bucket(length.lo, length.length + 1, budget, sites or {})))
@@ -382,11 +385,10 @@ class _Search:
         least = 0.0
         if before is not None and before.passed and before.length == length.lo - 1:
             least = before.budget.tolerance or 0.0
-        are_texts = length.shares.judges[0].ids is not None
         if least >= (budget.tolerance or 0.0):
             return True, budget, ""
-        if are_texts:
-            judges = windows_of(self.documents, self.held, length.lo).judges[:len(length.shares.judges)]
+        judges = self._judges_of_the_short_end(length)
+        if judges:
             trial = self._trial(length, budget, sites)
             evidence = [self.runs.results(x, [trial])[0].evidence(x.kind) for x in judges]
             self.tell.step("judging the short end of the bucket", 2 * len(evidence))
@@ -397,6 +399,16 @@ class _Search:
                 return False, budget, f"at {length.lo} keys: {'; '.join(verdict.failures)}"
         return True, replace(budget, tolerance=least or budget.tolerance), "as exact as the length before" * bool(least)
 
+    def _judges_of_the_short_end(self, length: _Length) -> tuple[Window, ...]:
+        """Held-out windows with the fewest keys of a bucket; none of whole inputs, which nothing cuts."""
+        ids = length.shares.judges[0].ids
+        if ids is None:
+            return ()
+        tokens = -(-length.lo * len(ids) // length.length)
+        judges = windows_of(self.documents, self.held, tokens).judges[:len(length.shares.judges)]
+        meets = self.runs.key_lengths(judges[0])
+        return judges if any(length.lo <= keys <= length.length for keys in meets) else ()
+
     def _gate(self, length: _Length, budget: Budget, sites: Mapping[int, Budget], verdict: Judgement,
               densities: Mapping[int, float], passed: bool, tried: Mapping[str, float], note: str) -> Gate:
         calls = self._calls_of(length)
@@ -404,6 +416,9 @@ class _Search:
         notes = [*verdict.failures, note]
         if verdict.documents < FEW_DOCUMENTS:
             notes.append(f"{verdict.documents} documents make a wide bound")
+        unjudged = sorted({x.kind for x in self.documents} - set(verdict.kinds))
+        if unjudged:
+            notes.append(f"no document of {', '.join(map(repr, unjudged))} judged: too few or too short")
         if tried:
             notes.append("error at equal time: " + ", ".join(f"{name} {ratio:g}x" for name, ratio in tried.items()))
         inside = {call.site for call in calls}

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from sparsify.bounds import Bounds
 from sparsify.calibration import gains
 from sparsify.calibration.buckets import assemble, remeasure
 from sparsify.calibration.journal import Journal
-from sparsify.calibration.runs import Result
-from sparsify.calibration.search import _solve
+from sparsify.calibration.request import _model_hash
+from sparsify.calibration.runs import Result, Runs, Trial
+from sparsify.calibration.samples import Sample, Shares, Window
+from sparsify.calibration.search import _Search, _solve
 from sparsify.errors import DeviceError, ModelError, OptionError, PlanError, SampleError
 from sparsify.measurement import Quality, measuring
 from sparsify.plan import Bucket, Budget, Plan
@@ -157,6 +160,57 @@ def test_another_model_shares_no_result(calibrated, documents, tmp_path):
     before = len(journal.read_text().split("\n"))
     assert calibrate(other, documents, out=copy, lengths=[512]).buckets
     assert len(journal.read_text().split("\n")) > before + 2 * 10
+    scaled = soft_model()
+    for layer in scaled.model.layers:
+        layer.self_attn.scaling *= 2  # no weight, but another model
+    assert len({_model_hash(model) for model in (soft_model(), soft_model(), other, scaled)}) == 3
+
+
+class Pooled(nn.Module):
+    """Attention over a quarter as many keys as tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.down = nn.Embedding(512, 16), nn.Conv1d(16, 64, 4, stride=4)
+        self.up, self.head = nn.ConvTranspose1d(64, 16, 4, stride=4), nn.Linear(16, 512)
+
+    def forward(self, ids):
+        x = self.down(self.embed(ids).mT).mT
+        heads = x.unflatten(-1, (2, 32)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return self.head(self.up(mixed.transpose(1, 2).flatten(2).mT).mT)
+
+
+def test_trials_are_told_apart_by_the_keys_that_a_window_makes(without_inductor):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, ids = Pooled().eval(), torch.randint(0, 512, (2400,))
+    runs = Runs(model, "kl", Journal(None, {}), torch.device("cpu"), (6,))
+    window = Window("a", "", (ids[None],), {}, ids)
+    with measuring(model):
+        assert runs.key_lengths(window) == {600}
+        exact, coarse = runs.results(window, [Trial((Bucket(301, 601, Budget(x)),)) for x in (0.0, 0.9)])
+        outside = runs.results(window, [Trial((Bucket(1201, 2401, Budget(0.9)),))])[0]
+    assert exact.error < 1e-6 < coarse.error and outside.error == 0.0
+    assert exact.densities[0] == 1.0 > coarse.densities[0]
+
+
+def test_one_judge_of_every_kind_stays():
+    def windows(share):
+        return tuple(Window(f"{kind}{i}{share}", str(kind), (), {}) for i in range(3) for kind in range(10))
+
+    search = SimpleNamespace(device=torch.device("cpu"))
+    shares = _Search._capped(search, Shares(windows("c"), windows("j")), 8192)
+    assert [len({x.kind for x in share}) for share in (shares.choosers, shares.judges)] == [10, 10]
+    alike = Shares(windows("c")[::10], windows("j")[::10])
+    assert _Search._capped(search, alike, 8192) == alike
+
+
+def test_a_gate_says_which_kinds_did_not_judge(without_inductor, documents):
+    kinds = [Sample(x, "prose") for x in documents[1:]] + [Sample(documents[0], "code")]
+    plan = calibrate(soft_model(), kinds, lengths=[512])
+    (gate,) = plan.bucket_of(512).gates
+    assert set(gate.kinds) == {"prose"} and "no document of 'code' judged" in gate.why
 
 
 @pytest.mark.slow
@@ -383,6 +437,13 @@ def test_other_hardware_keeps_thresholds_and_measures_gains_again(calibrated, mo
     assert again.bucket_of(1024).budget == plan.bucket_of(1024).budget  # a threshold outlives a machine that needs none
     assert fast.bucket_of(512).gates[0].budget == plan.bucket_of(512).gates[0].budget
     assert json.dumps(fast.to_dict())
+    assert fast.fingerprint == plan.fingerprint
+    moved = remeasure(replace(plan, fingerprint={**plan.fingerprint, "device": "another"}), torch.device("cpu"),
+                      torch.float32)
+    assert moved.fingerprint == plan.fingerprint  # it was measured here now
+    stricter = replace(plan.buckets[-1], budget=Budget(0.01), sites={0: Budget.dense()})
+    edited = remeasure(replace(plan, buckets=(*plan.buckets[:-1], stricter)), torch.device("cpu"), torch.float32)
+    assert edited.buckets[-1] == stricter and edited.bucket_of(512) == fast.bucket_of(512)
     with pytest.raises(PlanError, match="holds no gates"):
         remeasure(Plan.default("cpu"), torch.device("cpu"), torch.float32)
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from sparsify.calibration.gains import SiteCall, gain
 from sparsify.calibration.gate import Evidence, judge, t_quantile, upper_bound
 from sparsify.calibration.journal import Journal
 from sparsify.calibration.ladder import LADDERS, Judged, climb, largest_passing
-from sparsify.calibration.metrics import error_of, name_of, tensor_of
+from sparsify.calibration.metrics import error_of, identity_of, name_of, tensor_of
 from sparsify.calibration.progress import Progress
 from sparsify.errors import ModelError, OptionError
 from sparsify.plan import Budget
@@ -106,6 +107,58 @@ def test_kl_and_loss_are_what_float64_says(rng):
     assert error_of("loss", "loss", dense, sparse, IDS)[0] == pytest.approx(losses[1] - losses[0])
 
 
+def test_tokens_that_a_model_never_gives_change_no_kl(rng):
+    """Models hide parts of a vocabulary by -inf: there 0 log 0 is 0, and NaN was taken for it."""
+    dense, sparse = (torch.randn(1, 50, 64, generator=rng, device=rng.device) for _ in range(2))
+    expected = error_of("kl", "kl", dense, sparse, IDS)[0]
+    hidden = [torch.cat([x, torch.full((1, 50, 1), -math.inf, device=rng.device)], 2) for x in (dense, sparse)]
+    assert error_of("kl", "kl", *hidden, IDS)[0] == pytest.approx(expected, rel=1e-6) and expected > 0.1
+    sparse[0, 7, 3] = math.nan
+    with pytest.raises(ModelError, match="logits gave NaN"):
+        error_of("kl", "kl", dense, sparse, IDS)
+
+
+SCALE = 2.0
+
+
+class Scaled:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, dense, sparse):
+        return self.by
+
+
+def scaled(by):
+    return lambda dense, sparse: by * abs(dense - sparse)
+
+
+def by_a_global(dense, sparse):
+    return SCALE * abs(dense - sparse)
+
+
+@pytest.mark.parametrize(("metric", "same", "other"), [
+    ("kl", "kl", "loss"),
+    (lambda a, b: abs(a - b) * 1.0, None, lambda a, b: abs(a - b) * 2.0),
+    (lambda a, b: a.abs(), None, lambda a, b: a.exp()),
+    (scaled(1), scaled(1), scaled(2)),
+    (scaled(torch.ones(3)), scaled(torch.ones(3)), scaled(torch.zeros(3))),
+    (partial(by_a_global, 1), partial(by_a_global, 1), partial(by_a_global, 2)),
+    (Scaled(1), Scaled(1), Scaled(2)),
+    (lambda a, b, c=1: c, None, lambda a, b, c=2: c),
+], ids=["name", "constants", "names", "closure", "tensor", "partial", "object", "defaults"])
+def test_metrics_that_differ_share_no_results(metric, same, other):
+    mine = identity_of(metric)
+    assert json.dumps(mine) == json.dumps(identity_of(metric if same is None else same)) != json.dumps(
+        identity_of(other))
+
+
+def test_a_metric_depends_on_the_numbers_that_it_finds_by_name(monkeypatch):
+    before = identity_of(by_a_global)
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    assert identity_of(by_a_global) != before
+
+
 def test_the_output_error_is_relative():
     dense = torch.tensor([3.0, 4.0])
     assert error_of("output", "kl", dense, dense + torch.tensor([0.0, 0.5]), None) == (pytest.approx(0.1), None)
@@ -122,6 +175,8 @@ def test_a_callable_sees_what_the_model_returns():
         error_of("callable", lambda dense, sparse: None, 1, 1, None)
     with pytest.raises(ModelError, match="NaN"):
         error_of("callable", lambda dense, sparse: math.nan, 1, 1, None)
+    with pytest.raises(ModelError, match="gave inf"):
+        error_of("callable", lambda dense, sparse: math.inf, 1, 1, None)
 
 
 def test_only_logits_of_the_tokens_are_logits():

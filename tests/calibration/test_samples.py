@@ -47,7 +47,7 @@ def test_memory_does_not_grow_with_the_samples(monkeypatch):
     assert all(x.tokens.untyped_storage().nbytes() == 8 * LENGTHS[-1] for x in documents)
 
 
-def test_an_endless_stream_ends(monkeypatch):
+def test_an_endless_stream_ends(monkeypatch, caplog):
     monkeypatch.setattr(samples_module, "MOST_SAMPLES", 50)
 
     def endless():
@@ -57,6 +57,7 @@ def test_an_endless_stream_ends(monkeypatch):
             number += 1
 
     assert len(read(endless())) == 50
+    assert "only the first 50 samples are read" in caplog.text
 
 
 def test_short_documents_serve_short_lengths_only():
