@@ -359,6 +359,7 @@ class _Search:
             if capped != budget:  # more exact: it passes all the more
                 budget = capped
                 ((verdict, densities),) = self._judge_all(length, choice, [capped.tolerance or 0.0]).values()
+                passed = verdict.passed  # of a metric that does not fall with the tolerance it may not
         return self._gate(length, budget, choice.sites, verdict, densities, passed, choice.tried, note)
 
     def _judge_all(self, length: _Length, choice: _Choice, tolerances: Sequence[float]) -> dict[float, Judged]:
