@@ -27,6 +27,10 @@ def capped(score, b, h, q, k):
     return 20 * torch.tanh(score / 20)
 
 
+def capped_below_zero(score, b, h, q, k):
+    return -20 * torch.tanh(score / 20)
+
+
 def alibi(score, b, h, q, k):
     return score + slopes[h] * (k - q)
 
@@ -49,7 +53,8 @@ def attend(mask_mod=None, score_mod=None, **options):
 
 
 @pytest.mark.parametrize("mask_mod, score_mod", [
-    (None, None), (causal, None), (and_masks(window, one_document), None), (None, capped), (causal, relative),
+    (None, None), (causal, None), (and_masks(window, one_document), None), (None, capped), (None, capped_below_zero),
+    (causal, relative),
     (window, alibi), (None, relative_row_by_row),
 ])
 def test_what_torch_computes_is_computed_by_an_op(mask_mod, score_mod):
