@@ -210,19 +210,21 @@ class _Rewriter:
         if mask.visible_keys == TRUE:
             return None
         leaves = self.leaves(mask)
-        known = (mask.visible_keys, tuple(leaves.values()), expression(site.kv_len), value(site.query.node).device)
+        known = (mask.visible_keys, tuple(leaves.values()), expression(site.batch), expression(site.kv_len),
+                 value(site.query.node).device)
         if known not in self.masks:
-            self.masks[known] = key_mask(mask.visible_keys, leaves, site.kv_len, site.output.node)
+            self.masks[known] = key_mask(mask.visible_keys, leaves, site.batch, site.kv_len, site.output.node)
         return self.masks[known]
 
     def documents(self, site: AttentionSite, mask: MaskProof) -> tuple[fx.Node | None, fx.Node | None]:
         if mask.documents is None:
             return None, None
         leaves = self.leaves(mask)
-        known = (mask.documents, tuple(leaves.values()), expression(site.q_len), expression(site.kv_len),
+        known = (mask.documents, tuple(leaves.values()), *map(expression, (site.batch, site.q_len, site.kv_len)),
                  value(site.query.node).device)
         if known not in self.masks:
-            self.masks[known] = documents(mask.documents, leaves, (site.q_len, site.kv_len), site.output.node)
+            self.masks[known] = documents(mask.documents, leaves, site.batch, (site.q_len, site.kv_len),
+                                           site.output.node)
         return self.masks[known]
 
     def attn_mask(self, site: AttentionSite, terms: tuple[MaskTerm, ...]) -> fx.Node | None:

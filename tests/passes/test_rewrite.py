@@ -129,6 +129,46 @@ def test_layers_share_one_key_mask():
     assert len({id(arguments[5]) for arguments in function.ops}) == 1
 
 
+def masked_keys(q, k, v, ids):
+    return F.scaled_dot_product_attention(q, k, v, (ids > 0)[:q.shape[0], None, None])
+
+
+def masked_keys_up_to_a_length(q, k, v, ids):
+    rows = ids[:q.shape[0]] > 0
+    lengths = ids.sum(-1)[:q.shape[0], None]
+    return F.scaled_dot_product_attention(q, k, v, (rows & (torch.arange(k.shape[2]) < lengths))[:, None, None])
+
+
+def same_ids(q, k, v, ids):
+    ids = ids[:q.shape[0]]
+    return F.scaled_dot_product_attention(q, k, v, (ids[:, None, :, None] == ids[:, None, None]))
+
+
+@pytest.mark.parametrize("attention", [masked_keys, masked_keys_up_to_a_length, same_ids])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_rows_of_a_mask_beyond_the_batch_are_left_out(attention, spare):
+    function = rewritten(attention)
+    for length in (9, 14):
+        ids = torch.randint(0, 3, (2 + spare, length))
+        ids[:, 0] = 1
+        inputs = (*qkv(length), ids)
+        torch.testing.assert_close(function.call(*inputs), attention(*inputs))
+    assert [record.op for record in function.records] == ["exact_attention"]
+    assert not any(record.mask.startswith("mask") for record in function.records)
+
+
+def test_a_key_mask_has_the_rows_of_its_site():
+    def two_batches(q, k, v, ids):
+        return masked_keys(q, k, v, ids), masked_keys(q[:2], k[:2], v[:2], ids)
+
+    function = rewritten(two_batches)
+    ids = torch.randint(0, 3, (3, 9))
+    ids[:, 0] = 1
+    inputs = (*qkv(9, batch=3), ids)
+    torch.testing.assert_close(function.call(*inputs), two_batches(*inputs))
+    assert [arguments[6].shape[0] for arguments in function.ops] == [3, 2]
+
+
 @pytest.mark.parametrize("use", [
     lambda out: out,
     lambda out: out.view(out.shape[0], -1),
