@@ -76,20 +76,20 @@ def _is_tensor(expr: sympy.Basic, symbol: sympy.Symbol, leaves: Mapping[str, fx.
                 or any(x.name in leaves for x in expr.free_symbols))
 
 
-def key_mask(condition: sympy.Basic, leaves: Mapping[str, fx.Node], kv_len: Any, at: fx.Node) -> fx.Node:
-    """The condition on keys as a bool tensor [B or 1, kv_len], built before `at`."""
+def key_mask(condition: sympy.Basic, leaves: Mapping[str, fx.Node], batch: Any, kv_len: Any, at: fx.Node) -> fx.Node:
+    """The condition on keys as a bool tensor [batch or 1, kv_len], built before `at`."""
     with at.graph.inserting_before(at):
-        writer = _Writer(leaves, KEY, kv_len, at)
+        writer = _Writer(leaves, KEY, batch, kv_len, at)
         return writer.rows(writer.condition(condition))
 
 
-def documents(ids: tuple[sympy.Expr, sympy.Expr], leaves: Mapping[str, fx.Node], lengths: tuple[Any, Any],
-              at: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The ids of queries and keys as int64 tensors [B or 1, q_len] and [B or 1, kv_len], built before `at`."""
+def documents(ids: tuple[sympy.Expr, sympy.Expr], leaves: Mapping[str, fx.Node], batch: Any,
+              lengths: tuple[Any, Any], at: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The ids of queries and keys as int64 tensors [batch or 1, q_len] and [batch or 1, kv_len], built before `at`."""
     with at.graph.inserting_before(at):
         written = []
         for expr, symbol, length in zip(ids, (QUERY, KEY), lengths, strict=True):
-            writer = _Writer(leaves, symbol, length, at)
+            writer = _Writer(leaves, symbol, batch, length, at)
             tensor = writer.rows(writer.tensor(expr))
             if value(tensor).dtype != torch.int64:
                 tensor = emit(at.graph, aten.to.dtype, tensor, torch.int64)
@@ -98,10 +98,11 @@ def documents(ids: tuple[sympy.Expr, sympy.Expr], leaves: Mapping[str, fx.Node],
 
 
 class _Writer:
-    """Writes expressions over one index at one place of a graph, as tensors that broadcast to [B, length]."""
+    """Writes expressions over one index at one place of a graph, as tensors that broadcast to [batch, length]."""
 
-    def __init__(self, leaves: Mapping[str, fx.Node], symbol: sympy.Symbol, length: Any, at: fx.Node) -> None:
-        self.leaves, self.symbol, self.at, self.graph = leaves, symbol, at, at.graph
+    def __init__(self, leaves: Mapping[str, fx.Node], symbol: sympy.Symbol, batch: Any, length: Any,
+                 at: fx.Node) -> None:
+        self.leaves, self.symbol, self.batch, self.at, self.graph = leaves, symbol, batch, at, at.graph
         self.device = value(at).device
         self.size, self.length_expr, self.length = length, expression(length), size_node(expression(length), at)
 
@@ -163,12 +164,15 @@ class _Writer:
         return result
 
     def leaf(self, expr: AppliedUndef) -> fx.Node:
-        """The elements of a leaf that an expression reads: [length], [B, length] or [B, 1]."""
+        """The elements of a leaf that an expression reads: [length], [batch, length] or [batch, 1]."""
         node = self.leaves[expr.func.__name__]
         is_moving = False
         for dim in reversed(range(len(expr.args))):
             position = expr.args[dim]
             if position == BATCH:
+                if not same(shape(node)[dim], self.batch):  # the user took the first rows of it
+                    rows = size_node(expression(self.batch), self.at)
+                    node = emit(self.graph, aten.slice.Tensor, node, dim, 0, rows)
                 continue
             if self.symbol not in position.free_symbols:
                 node = emit(self.graph, aten.select.int, node, dim, size_node(position, self.at))

@@ -5,7 +5,8 @@ Leaves  the call as it was, and behind it a *shadow* that nothing reads: product
         index grids, softmax, product. `meta["stands_for"]` of its last node is the output of the call,
         `meta["shadow_of"]` of its softmax the call. A site that is rewritten replaces the call's output; otherwise the
         shadow is dead code, and would be far too large to run. `meta["refusal"]` of a call without a shadow says why.
-Never   reads the blocks of a block mask: torch promises that they agree with its mask_mod.
+Never   reads the blocks of a block mask. Where they tell full blocks from partial ones, as create_block_mask makes
+        them, they follow from the mask_mod; where they do not, they may hide more (MoBA, NSA), and the call stays.
 
     flex_attention(q, k, v, score_mod, (..., mask_mod), scale)[0]
         <-  softmax(where(mask_mod(b, h, i, j), score_mod(q @ k^T * scale, b, h, i, j), -inf)) @ v
@@ -28,6 +29,8 @@ aten = torch.ops.aten
 
 ONE_BLOCK = 1 << 30
 """The block size of a call without a block mask (torch 2.13, `_LARGE_SPARSE_BLOCK_SIZE`)."""
+FULL_BLOCKS = 4
+"""Where the numbers of full blocks are in a block mask as a tuple, None without (torch 2.13, `BlockMask.as_tuple`)."""
 ELEMENTWISE = {"__and__", "__or__", "absolute", "alias", "clone", "detach", "divide", "floor_divide", "full",
                "full_like", "greater", "greater_equal", "index", "less", "less_equal", "lift_fresh_copy", "masked_fill",
                "multiply", "negative", "new_full", "new_ones", "new_zeros", "not_equal", "ones", "ones_like", "rsub",
@@ -97,10 +100,13 @@ def _attention(tracer: Any, args: Sequence[Any], dtype: torch.dtype) -> tuple[Te
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     scores = _cast(query @ key.transpose(-2, -1), precise) * scale
     scores = _on_grids(tracer, "score_mod", score_mod, scores, *grids, *score_buffers)
+    one_block = all(statically_known_true(size >= ONE_BLOCK) for size in block_mask[-3:-1])
     visible = _on_grids(tracer, "mask_mod", block_mask[-1], *grids, *mask_buffers)
     if _node(visible, tracer).target not in ALWAYS:
+        if block_mask[FULL_BLOCKS] is None and not one_block:
+            raise _NotInlined("a block mask without full blocks: its blocks may hide keys that its mask_mod shows")
         scores = torch.where(visible, scores, float("-inf"))
-    elif not statically_known_true(block_mask[-2] >= ONE_BLOCK):
+    elif not one_block:
         raise _NotInlined("a block mask without a mask_mod: which keys it hides stands in its blocks alone")
     weights = torch.softmax(scores, -1)
     return _cast(weights, dtype) @ value, weights

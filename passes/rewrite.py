@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from sparsify import ops
 from sparsify.ops import crossover
 from sparsify.passes.arrange import rearrange
-from sparsify.passes.axes import Dims, Size, extent, flat, op_name
+from sparsify.passes.axes import Dims, Size, base_name, extent, flat, op_name
 from sparsify.passes.emit import documents, key_mask, size_node
 from sparsify.passes.graph import (
     arguments,
@@ -56,6 +56,8 @@ from sparsify.plan import Bucket
 STRIDE_BLIND = {aten.contiguous.default, aten.linear.default, aten.matmul.default}
 RELAYOUTS = {aten.reshape.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int,
              aten.unsqueeze.default}
+WIDE_IN_AUTOCAST = {"div", "mul", "sum"}
+"""Ops that end an attention, and that autocast does not narrow."""
 
 
 def rewrite_sites(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0,
@@ -208,19 +210,21 @@ class _Rewriter:
         if mask.visible_keys == TRUE:
             return None
         leaves = self.leaves(mask)
-        known = (mask.visible_keys, tuple(leaves.values()), expression(site.kv_len), value(site.query.node).device)
+        known = (mask.visible_keys, tuple(leaves.values()), expression(site.batch), expression(site.kv_len),
+                 value(site.query.node).device)
         if known not in self.masks:
-            self.masks[known] = key_mask(mask.visible_keys, leaves, site.kv_len, site.output.node)
+            self.masks[known] = key_mask(mask.visible_keys, leaves, site.batch, site.kv_len, site.output.node)
         return self.masks[known]
 
     def documents(self, site: AttentionSite, mask: MaskProof) -> tuple[fx.Node | None, fx.Node | None]:
         if mask.documents is None:
             return None, None
         leaves = self.leaves(mask)
-        known = (mask.documents, tuple(leaves.values()), expression(site.q_len), expression(site.kv_len),
+        known = (mask.documents, tuple(leaves.values()), *map(expression, (site.batch, site.q_len, site.kv_len)),
                  value(site.query.node).device)
         if known not in self.masks:
-            self.masks[known] = documents(mask.documents, leaves, (site.q_len, site.kv_len), site.output.node)
+            self.masks[known] = documents(mask.documents, leaves, site.batch, (site.q_len, site.kv_len),
+                                           site.output.node)
         return self.masks[known]
 
     def attn_mask(self, site: AttentionSite, terms: tuple[MaskTerm, ...]) -> fx.Node | None:
@@ -338,8 +342,12 @@ def _sdpa_causality(query: fx.Node, key: fx.Node, site: AttentionSite, mask: Mas
     """The `is_causal` by which SDPA says this attention; None where it cannot, or only on a slow kernel.
 
     Inductor knows SDPA, and a call of it costs the host less than an op of ours. A bias is SDPA's own business; a mask
-    that may hide all keys of a row is not: its kernels disagree about such rows.
+    that may hide all keys of a row is not: its kernels disagree about such rows. Where autocast is on, SDPA would
+    narrow scores that the user kept wide in a region without it; the dtype of the output tells, or may not tell.
     """
+    output = site.output.node
+    if value(output).dtype.itemsize < site.dtype.itemsize or base_name(output) in WIDE_IN_AUTOCAST:
+        return None
     if (mask.visible_keys != TRUE or mask.window is not None or mask.documents is not None
             or site.softcap is not None or site.sink_logits is not None
             or any(term.kind != "add" and not is_soft(term, site.masks) for term in mask.carried)

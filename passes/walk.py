@@ -7,6 +7,7 @@ operands may be the scores, the one that leads to a product is.
 
 import contextlib
 import functools
+import math
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -269,7 +270,10 @@ class Walker:
         factor, scalers = _later(state)
         if state.softcap is not None or scalers:
             raise Stop(node, "the scores are capped twice, or scaled by a tensor after they are capped")
-        return replace(state, scales=(), softcap=factor)
+        if factor == 0 or not math.isfinite(factor):
+            raise Stop(node, f"the scores are capped at {factor}")
+        # -c * tanh(s) is c * tanh(-s), and the ops take a cap above 0.
+        return replace(state, scales=() if factor > 0 else (Scale(-1.0),), softcap=abs(factor))
 
     def _with_added(self, product: Product, dims: Dims, state: Scores) -> Scores:
         """baddbmm(mask, q, k): the mask that the product adds, and its factor."""

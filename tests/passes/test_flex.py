@@ -27,6 +27,10 @@ def capped(score, b, h, q, k):
     return 20 * torch.tanh(score / 20)
 
 
+def capped_below_zero(score, b, h, q, k):
+    return -20 * torch.tanh(score / 20)
+
+
 def alibi(score, b, h, q, k):
     return score + slopes[h] * (k - q)
 
@@ -49,7 +53,8 @@ def attend(mask_mod=None, score_mod=None, **options):
 
 
 @pytest.mark.parametrize("mask_mod, score_mod", [
-    (None, None), (causal, None), (and_masks(window, one_document), None), (None, capped), (causal, relative),
+    (None, None), (causal, None), (and_masks(window, one_document), None), (None, capped), (None, capped_below_zero),
+    (causal, relative),
     (window, alibi), (None, relative_row_by_row),
 ])
 def test_what_torch_computes_is_computed_by_an_op(mask_mod, score_mod):
@@ -65,6 +70,12 @@ def from_blocks(q, k, v):
     return flex_attention(q, k, v, None, BlockMask.from_kv_blocks(number, indices, seq_lengths=(LENGTH, LENGTH)))
 
 
+def chosen_blocks(q, k, v):
+    """As in MoBA: the blocks choose the keys, the mask_mod is only causal. Uncompiled flex_attention ignores them."""
+    number, indices = torch.ones(1, 1, 5, dtype=torch.int32), torch.zeros(1, 1, 5, 5, dtype=torch.int32)
+    return flex_attention(q, k, v, None, BlockMask.from_kv_blocks(number, indices, BLOCK_SIZE=8, mask_mod=causal))
+
+
 def logsumexp_too(q, k, v):
     return flex_attention(q, k, v, return_lse=True)
 
@@ -78,9 +89,10 @@ def sorts(score, b, h, q, k):
 
 
 @pytest.mark.parametrize("function, reason", [
-    (from_blocks, "a block mask without a mask_mod"), (logsumexp_too, "the logsumexp or the maxima"),
+    (from_blocks, "a block mask without a mask_mod"), (chosen_blocks, "a block mask without full blocks"),
+    (logsumexp_too, "the logsumexp or the maxima"),
     (attend(None, sums_a_row), "a whole row of a tensor"), (attend(None, sorts), "not elementwise"),
-], ids=["blocks", "logsumexp", "row", "not-elementwise"])
+], ids=["blocks", "chosen-blocks", "logsumexp", "row", "not-elementwise"])
 def test_a_call_that_cannot_be_read_stays(function, reason):
     inputs = qkv(LENGTH)
     run = rewritten(function)

@@ -403,6 +403,16 @@ def cap_of_two_numbers(q, k, v):
     return (torch.tanh(scores(q, k) / 2) * 3).softmax(-1) @ v
 
 
+@exact()
+def cap_below_zero(q, k, v):
+    return (-(torch.tanh(scores(q, k) / 2) * 3)).softmax(-1) @ v
+
+
+@left("capped at 0")
+def cap_of_zero(q, k, v):
+    return (torch.tanh(scores(q, k)) * 0).softmax(-1) @ v
+
+
 @left(*STANDS, "tanh", "cap", "mask")
 def cap_after_the_mask(q, k, v):
     """The cap brings what was hidden back to -2."""

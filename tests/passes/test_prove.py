@@ -75,8 +75,8 @@ def _emit_arguments(proven):
     site, mask = proven.site, proven.mask
     at = site.output.node
     bounds = [None if x is None else size_node(x, at) for x in (mask.causal_offset, mask.window)]
-    keys = None if mask.visible_keys == TRUE else key_mask(mask.visible_keys, mask.leaves, site.kv_len, at)
-    ids = (None, None) if mask.documents is None else documents(mask.documents, mask.leaves,
+    keys = None if mask.visible_keys == TRUE else key_mask(mask.visible_keys, mask.leaves, site.batch, site.kv_len, at)
+    ids = (None, None) if mask.documents is None else documents(mask.documents, mask.leaves, site.batch,
                                                                 (site.q_len, site.kv_len), at)
     return (*bounds, keys, *ids)
 

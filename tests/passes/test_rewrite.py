@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from graphs import capture, qkv, rewritten
 
+import sparsify
 from sparsify import ops
 from sparsify.ops import crossover
 from sparsify.plan import Bucket, Budget, Plan
+from tests.numerics import assert_as_good_as_torch, attention_units
 
 SPARSE = Plan((Bucket(1, None, Budget(0.0)),))
 aten = torch.ops.aten
@@ -127,6 +129,46 @@ def test_layers_share_one_key_mask():
     assert len({id(arguments[5]) for arguments in function.ops}) == 1
 
 
+def masked_keys(q, k, v, ids):
+    return F.scaled_dot_product_attention(q, k, v, (ids > 0)[:q.shape[0], None, None])
+
+
+def masked_keys_up_to_a_length(q, k, v, ids):
+    rows = ids[:q.shape[0]] > 0
+    lengths = ids.sum(-1)[:q.shape[0], None]
+    return F.scaled_dot_product_attention(q, k, v, (rows & (torch.arange(k.shape[2]) < lengths))[:, None, None])
+
+
+def same_ids(q, k, v, ids):
+    ids = ids[:q.shape[0]]
+    return F.scaled_dot_product_attention(q, k, v, (ids[:, None, :, None] == ids[:, None, None]))
+
+
+@pytest.mark.parametrize("attention", [masked_keys, masked_keys_up_to_a_length, same_ids])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_rows_of_a_mask_beyond_the_batch_are_left_out(attention, spare):
+    function = rewritten(attention)
+    for length in (9, 14):
+        ids = torch.randint(0, 3, (2 + spare, length))
+        ids[:, 0] = 1
+        inputs = (*qkv(length), ids)
+        torch.testing.assert_close(function.call(*inputs), attention(*inputs))
+    assert [record.op for record in function.records] == ["exact_attention"]
+    assert not any(record.mask.startswith("mask") for record in function.records)
+
+
+def test_a_key_mask_has_the_rows_of_its_site():
+    def two_batches(q, k, v, ids):
+        return masked_keys(q, k, v, ids), masked_keys(q[:2], k[:2], v[:2], ids)
+
+    function = rewritten(two_batches)
+    ids = torch.randint(0, 3, (3, 9))
+    ids[:, 0] = 1
+    inputs = (*qkv(9, batch=3), ids)
+    torch.testing.assert_close(function.call(*inputs), two_batches(*inputs))
+    assert [arguments[6].shape[0] for arguments in function.ops] == [3, 2]
+
+
 @pytest.mark.parametrize("use", [
     lambda out: out,
     lambda out: out.view(out.shape[0], -1),
@@ -205,6 +247,49 @@ def test_autocast_decides_the_dtype(function, inside):
             got, expected = result.call(*inputs), function(*inputs)
     assert got.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(got, expected, atol=0.05, rtol=0.05)  # a few bfloat16 roundings of values up to 4
+
+
+def wide_scores(q, k, v, ends):
+    with torch.autocast("cpu", enabled=False):
+        weights = torch.softmax(q @ k.mT, -1)
+    return ends(weights, v)
+
+
+def wide_exponentials(q, k, v, ends):
+    with torch.autocast("cpu", enabled=False):
+        weights = torch.exp(q @ k.mT - 60)
+        result = weights @ v
+    return result / weights.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(("scores", "ends"), [
+    (wide_scores, torch.matmul), (wide_scores, lambda w, v: (w[..., None] * v[:, :, None]).sum(-2)),
+    (wide_exponentials, None),
+], ids=["product", "summed", "late division"])
+def test_scores_that_are_kept_wide_under_autocast_stay_wide(scores, ends):
+    def attention(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return scores(q, k, v, ends)
+
+    q, k, v = qkv(33)
+    q = q * 8  # large scores: their roundings to bfloat16 would show
+    plain, exact = attention(q, k, v), torch.softmax(q.double() @ k.double().mT, -1) @ v.double()
+    got = sparsify.compile(attention, Plan.dense(), backend="aot_eager")(q, k, v)
+    assert got.dtype == plain.dtype
+    assert_as_good_as_torch(got, plain, exact, attention_units(q, k, 1.0) if got.dtype == torch.float32 else 4.0)
+    function = rewritten(attention)
+    function.call(q, k, v)
+    assert [record.op for record in function.records] == ["exact_attention"]
+
+
+def test_scores_that_autocast_narrows_itself_are_sdpas():
+    def attention(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.softmax(q @ k.mT, -1) @ v
+
+    function = rewritten(attention)
+    function.call(*qkv(33))
+    assert [record.op for record in function.records] == ["scaled_dot_product_attention"]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
