@@ -6,7 +6,9 @@ A leaf: imports nothing of sparsify but the other leaves, so anyone may import i
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -367,10 +369,18 @@ class Plan:
             raise PlanError(f"plan {str(path)!r}: {error}") from error
 
     def save(self, path: "str | Path") -> None:
-        """Write the plan as JSON, whole or not at all."""
-        part = Path(path).with_name(Path(path).name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        """Write the plan as JSON, whole or not at all. Raises PlanError, naming the path."""
+        place, text = Path(path), json.dumps(self.to_dict(), indent=2) + "\n"
+        part = place.parent / f"{place.name}.{os.urandom(4).hex()}.part"  # others may be saving to the same path
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(place)
+        except OSError as error:
+            raise PlanError(f"plan {self.name} cannot be written to {str(path)!r} ({error.strerror}). Give the path of "
+                            "a file, in a folder that exists and can be written to.") from error
+        finally:
+            with suppress(OSError):
+                part.unlink()
 
     def __str__(self) -> str:
         lines = [f"plan {self.name} ({self.hash})"]

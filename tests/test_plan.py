@@ -1,6 +1,7 @@
 """Plans: what is written is read back, and what cannot be meant is refused in words."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -220,6 +221,27 @@ def test_a_plan_file_that_cannot_be_read_names_its_path(tmp_path):
         with pytest.raises(PlanError, match=words) as caught:
             Plan.load(path)
         assert str(path) in str(caught.value)
+
+
+def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "missing" / "plan.json", tmp_path / "file" / "plan.json", tmp_path / "folder"):
+        with pytest.raises(PlanError, match="cannot be written to .* Give the path of a file") as caught:
+            THREE.save(path)
+        assert repr(str(path)) in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}  # and nothing is left beside it
+
+
+def test_many_may_save_to_one_path(tmp_path):
+    def save(number):
+        for _ in range(20):
+            replace(THREE, name=f"plan {number}").save(tmp_path / "plan.json")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(8)))
+    assert Plan.load(tmp_path / "plan.json") == replace(THREE, name=Plan.load(tmp_path / "plan.json").name)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_a_length_below_one_is_refused():
