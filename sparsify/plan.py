@@ -457,7 +457,7 @@ def _sites_from_dict(where: str, data: Any) -> dict[int, Budget]:
 
 
 def _site_index(where: str, key: Any) -> int:
-    if not str(key).isdigit():
+    if not (str(key).isascii() and str(key).isdecimal()):
         raise PlanError(f"{where} has the key {key!r}. Keys are indices of attention sites: 0, 1, 2 ...")
     return int(key)
 
@@ -478,12 +478,16 @@ def _gate_from_dict(where: str, data: Any) -> Gate:
             raise PlanError(f"{where}.{name} is {value!r}. It must be a {'whole ' if kind is int else ''}number.")
     if not all(isinstance(data.get(name), bool) for name in ("passed", "timed")):
         raise PlanError(f"{where}: passed and timed must be true or false.")
+    rises = data.get("rise"), data.get("rise_upper")
+    if rises != (None, None) and not all(map(_is_number, rises)):
+        raise PlanError(f"{where}.rise is {rises[0]!r} and rise_upper is {rises[1]!r}. Both must be numbers, or both "
+                        "null.")
     densities = {_site_index(f"{where}.densities", key): float(value)
-                 for key, value in _object(f"{where}.densities", data.get("densities")).items()}
+                 for key, value in _numbers(f"{where}.densities", data.get("densities")).items()}
     return Gate(**{**data, "why": str(data.get("why", "")), "densities": densities,
                    "budget": _budget_from_dict(f"{where}.budget", data.get("budget")),
                    "sites": _sites_from_dict(f"{where}.sites", data.get("sites")),
-                   "kinds": _object(f"{where}.kinds", data.get("kinds"))})
+                   "kinds": _numbers(f"{where}.kinds", data.get("kinds"))})
 
 
 _SITE_TYPES = {"module": str, "causal": bool}
@@ -511,6 +515,13 @@ def _object(where: str, data: Any) -> dict[str, Any]:
     if data is not None and not isinstance(data, Mapping):
         raise PlanError(f"{where} is {data!r}. It must be an object.")
     return dict(data or {})
+
+
+def _numbers(where: str, data: Any) -> dict[str, float]:
+    for key, value in _object(where, data).items():
+        if not _is_number(value):
+            raise PlanError(f"{where}[{key}] is {value!r}. It must be a number.")
+    return _object(where, data)
 
 
 def _array(where: str, data: Any) -> list[Any]:

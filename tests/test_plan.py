@@ -184,6 +184,11 @@ def one_bucket(**changes):
     return {"schema": SCHEMA, "buckets": [{**bucket, **changes}]}
 
 
+def one_gate(**changes):
+    [gate] = CALIBRATED.to_dict()["buckets"][1]["gates"]
+    return one_bucket(gates=[{**gate, **changes}])
+
+
 @pytest.mark.parametrize(("data", "words"), [
     ([], "the plan is a list"),
     ({}, "plan.schema is None"),
@@ -206,10 +211,27 @@ def one_bucket(**changes):
     ({**one_bucket(), "graph": [{}]}, r"plan.graph\[0\].causal is None"),
     ({**one_bucket(), "calibration": "yes"}, "plan.calibration is 'yes'. It must be an object"),
     (one_bucket(sites={"0": 0.1}), r"plan.buckets\[0\].sites\[0\] is 0.1"),
+    (one_bucket(sites={"²": {"tolerance": None}}), r"plan.buckets\[0\].sites has the key '²'"),
+    (one_gate(densities={"0": "abc"}), r"gates\[0\].densities\[0\] is 'abc'. It must be a number"),
+    (one_gate(densities={"0": None}), r"gates\[0\].densities\[0\] is None"),
+    (one_gate(densities={"٣": 0.5}), r"gates\[0\].densities has the key '٣'"),
+    (one_gate(kinds={"code": "x"}), r"gates\[0\].kinds\[code\] is 'x'. It must be a number"),
+    (one_gate(rise="x"), r"gates\[0\].rise is 'x' and rise_upper is 0.2. Both must be numbers"),
+    (one_gate(rise_upper=None), r"gates\[0\].rise is 0.1 and rise_upper is None"),
+    (one_gate(rise=None), r"gates\[0\].rise is None and rise_upper is 0.2"),
 ])
 def test_a_dict_that_is_no_plan_says_where(data, words):
     with pytest.raises(PlanError, match=words):
         Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"rise": None, "rise_upper": None}, {"densities": None, "kinds": {}}, {"densities": {"10": 1}},
+], ids=str)
+def test_a_gate_is_read_and_printed(changes):
+    plan = Plan.from_dict(one_gate(**changes))
+    assert "passed, 0.3 (at most 0.33, 8 documents)" in str(plan)
+    assert Plan.from_dict(plan.to_dict()) == plan
 
 
 def test_a_plan_file_that_cannot_be_read_names_its_path(tmp_path):
