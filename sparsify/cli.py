@@ -250,18 +250,17 @@ def calibrate(
     if more and not text:
         raise OptionError(f"texts are {', '.join(map(repr, more))}. Give them behind --text.")
     loaded, _, _ = _prepare(model, None, device, dtype, None)
-    import torch
-
     from sparsify.calibration import calibrate as calibrate_model
-    from sparsify.calibration.request import default_lengths
+    from sparsify.calibration.request import check_arguments, lengths_of
     from sparsify.calibration.texts import read_samples
     from sparsify.models.loading import HELDOUT_TEXT
 
+    place, _ = check_arguments(loaded.model, max_error, metric.value, numbers, holdout)
+    wanted = lengths_of(numbers, loaded.model, place)  # refused before texts are read
     with _progress() as tell:
         tell("reading the texts")
-        place = torch.device(_find_device(device))
-        samples = read_samples(files or [str(HELDOUT_TEXT)], loaded.tokenizer,
-                               numbers or default_lengths(loaded.model, place))
+        samples = read_samples(files or [str(HELDOUT_TEXT)], loaded.tokenizer, wanted, holdout,
+                               asked=numbers is not None)
         plan = calibrate_model(loaded.model, samples, max_error=max_error, metric=metric.value, lengths=numbers,
                                holdout=holdout, progress=tell, out=out)
     typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
