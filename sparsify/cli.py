@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr. A caller's mistake is one line 
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -110,17 +111,18 @@ def bench(
                        dtype=dtype)
         _time_exported(exported, numbers, as_json)
         return
+    _check_folder(out, next(place for place in (out, *out.parents) if os.path.lexists(place)))
     loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan, guarantee)
     from sparsify.measurement import benchmark
 
     with _progress() as tell:
         report = benchmark(loaded.model, words, numbers, tokenizer=loaded.tokenizer, plan=chosen_plan,
                            name=loaded.name, progress=tell)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     try:
         report.save(out)
     except OSError as error:
         raise OptionError(f"out is {str(out)!r} and cannot be written ({error.strerror}). Give a folder.") from error
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     console.print(f"wrote {out / 'report.json'} and {out / 'report.md'}", markup=False)
 
 
@@ -215,12 +217,18 @@ def tune(
     with _progress() as tell:
         rows = tune_layer(layer, numbers, device=torch.device(place), dtype=_find_dtype(dtype, place), batch=batch,
                           causal=not full, singles=singles, progress=tell)
-    stored = str(timings.path())
+    measured = [row for row in rows if row.times is not None]
+    stored = bool(measured) and all(row.stored for row in measured)
     if as_json:
-        typer.echo(json.dumps({"stored": stored, "rows": [row.to_dict() for row in rows]}, indent=2))
+        typer.echo(json.dumps({"stored": str(timings.path()) if stored else None,
+                               "rows": [row.to_dict() for row in rows]}, indent=2))
     else:
         typer.echo(table(rows))
-    console.print(f"stored in {stored}", markup=False)
+    if stored:
+        console.print(f"stored in {timings.path()}", markup=False)
+    elif measured:
+        console.print(f"not stored: {timings.path()} cannot be written, so the ops will not find these times. Set "
+                      "XDG_CACHE_HOME to a folder that can be, and tune again", markup=False)
 
 
 @app.command()
@@ -341,6 +349,13 @@ def _refuse_beside(name: str, value: Path, **others: Any) -> None:
                           f"and plan; leave {given} out.")
 
 
+def _check_folder(out: Path, folder: Path) -> None:
+    """Refuse, before minutes of measuring, an `out` that begins in a folder that cannot be written."""
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise OptionError(f"out is {str(out)!r} and {str(folder)!r} is no folder that can be written. Give a place in "
+                          "one.")
+
+
 def _time_exported(file: Path, lengths: list[int] | None, as_json: bool) -> None:
     from sparsify.exporters.timing import time_file
 
@@ -386,6 +401,10 @@ def check(
 ) -> None:
     """Check a plan against a model and this machine: another graph is an error, other hardware is named."""
     plan = Plan.load(file)
+    if out is not None:
+        if out.is_dir():
+            raise OptionError(f"out is {str(out)!r}, a folder. Give the path of a plan file.")
+        _check_folder(out, out.parent)
     if model is not None:
         _check_graph(plan, model, device, dtype)
         typer.echo("the model has the graph of the plan")
@@ -408,8 +427,8 @@ def check(
     with _progress() as tell:
         tell("measuring")
         new = remeasure(plan, torch.device(place), _find_dtype(dtype, place))
-    new.save(out)
     typer.echo("\n".join(differences(plan, new)) or "no budget changed")
+    new.save(out)
     console.print(f"wrote {out}", markup=False)
 
 

@@ -15,6 +15,7 @@ from sparsify.exporters import timing
 from sparsify.exporters.check import check
 from sparsify.models.loading import HELDOUT_TEXT, TINY_LM
 from sparsify.plan import Plan
+from sparsify.report import Report
 from tests.small_model import EDGE, PLAN, save_small_model
 
 
@@ -57,6 +58,16 @@ def test_bench_prints_and_writes_the_report(benched, files):
 def test_bench_tells_on_stderr_what_it_does(benched):
     for line in ("[1/2] 128 tokens: timing", "sparsify: compiled bucket", "report.json"):
         assert line in benched.stderr
+
+
+def test_bench_prints_what_it_cannot_write(common, tmp_path, monkeypatch):
+    report = Report({}, {"name": "model"}, PLAN, ())
+    monkeypatch.setattr(measurement, "benchmark", lambda *arguments, **options: report)
+    (tmp_path / "report.json").mkdir()
+    result = run("bench", *common, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stdout == f"{report}\n"
+    assert f"error: out is '{tmp_path}' and cannot be written (Is a directory)" in result.stderr
 
 
 def test_explain_prints_every_site(common):
@@ -121,6 +132,16 @@ def test_plan_check_knows_model_and_machine(calibrated, files):
     assert Plan.load(files / "here.json").graph == Plan.load(files / "calibrated.json").graph
     assert run("plan", "check", files / "plan.json", "--device", "cpu").stdout == (
         "the plan does not say where it was measured\n")
+
+
+def test_plan_check_looks_at_the_place_before_it_measures(calibrated, files):
+    for out, words in ((files / "missing" / "here.json", f"'{files / 'missing'}' is no folder that can be written"),
+                       (files / "text.txt" / "here.json", f"'{files / 'text.txt'}' is no folder"),
+                       (files / "model", "a folder. Give the path of a plan file")):
+        result = run("plan", "check", files / "calibrated.json", "--device", "cpu", "--out", out)
+        assert (result.exit_code, result.stdout) == (2, "")
+        [line] = result.stderr.splitlines()
+        assert line.startswith(f"error: out is '{out}'") and words in line
 
 
 def test_plan_diff(calibrated, files):
@@ -196,6 +217,8 @@ def test_mistakes_about_exported_files(arguments, words):
     (["bench", "--text", "no-such-text"], "text 'no-such-text' cannot be read"),
     (["bench", "--text", __file__, "--lengths", "32768"], "and the longest length is 32768"),
     (["bench", "--plan", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
+    (["bench", "--out", __file__], f"out is '{__file__}' and '{__file__}' is no folder that can be written"),
+    (["bench", "--out", f"{__file__}/new/folder"], f"and '{__file__}' is no folder that can be written"),
     (["explain", "--guarantee", "0.95"], "guarantee is 0.95 and no plan is given"),
     (["explain", "--length", "0"], "length is 0"),
     (["explain", "--length", "64", "--html", "no-such-folder/x.html"], "html is 'no-such-folder/x.html'"),
