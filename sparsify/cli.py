@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. A caller's mistake is one line 
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -87,6 +88,10 @@ GuaranteeOption = Annotated[float | None, typer.Option(
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+EXPLAIN_LENGTH = 4096
+"""Tokens that a model is explained on, if it has as many positions."""
+
+
 @app.command()
 def bench(
     model: ModelOption = None,
@@ -133,7 +138,9 @@ def explain(
         help="A file that `sparsify export` wrote, in place of a model: what is in it.")] = None,
     model: ModelOption = None,
     text: TextOption = None,
-    length: Annotated[int, typer.Option(help="Tokens of text to run on.")] = 4096,
+    length: Annotated[int | None, typer.Option(
+        show_default=f"{EXPLAIN_LENGTH}, or as many as the model has positions",
+        help="Tokens of text to run on.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     plan: PlanOption = None,
@@ -160,6 +167,11 @@ def explain(
     from sparsify.explanation import explain as explain_model
     from sparsify.measurement import encode
 
+    most = getattr(loaded.model.config, "max_position_embeddings", None) or sys.maxsize
+    if length is None:
+        length = min(EXPLAIN_LENGTH, most)
+    if length > most:
+        raise OptionError(f"length is {length} and the model has {most} positions. Give a length up to {most}.")
     ids = encode(words, loaded.tokenizer)[:length]
     if length < 1 or len(ids) < length:
         raise TextError(f"text has {len(ids)} tokens and length is {length}. Give a longer text, or a length from 1.")

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from torch._inductor import compile_fx
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from sparsify import measurement
@@ -75,6 +77,21 @@ def test_explain_prints_every_site(common):
     assert result.exit_code == 0, result.output
     assert "2 attention sites" in result.stdout
     assert "tolerance 0.05" in result.stdout
+
+
+def test_explain_takes_no_more_tokens_than_the_model_has_positions(files):
+    config = GPT2Config(vocab_size=4096, n_positions=1024, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(files / "short")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_LM / name, files / "short")
+    common = ("explain", "--model", files / "short", "--device", "cpu")
+    for fine in ([], ["--length", 1024]):
+        result = run(*common, *fine)
+        assert result.exit_code == 0, result.output
+        assert "1 attention sites" in result.stdout
+    refused = run(*common, "--length", 1025)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "length is 1025 and the model has 1024 positions. Give a length up to 1024" in refused.stderr
 
 
 def test_explain_in_json(common):
