@@ -90,6 +90,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 EXPLAIN_LENGTH = 4096
 """Tokens that a model is explained on, if it has as many positions."""
+TUNE_HEAD_DIM = 128
+"""Head dim of a layer that is given by its heads."""
 
 
 @app.command()
@@ -99,7 +101,9 @@ def bench(
     lengths: Annotated[str | None, typer.Option(
         metavar="N,N,...", show_default="512 to 16384 on cpu, 2048 to 32768 on cuda",
         help="Lengths in tokens.")] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for report.json and report.md.")] = Path("."),
+    out: Annotated[Path | None, typer.Option(
+        metavar="DIR", show_default="this folder; none with --exported",
+        help="Folder for report.json and report.md.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     plan: PlanOption = None,
@@ -114,9 +118,10 @@ def bench(
     if exported is not None:
         _refuse_beside("exported", exported, model=model, text=text, plan=plan, guarantee=guarantee, device=device,
                        dtype=dtype)
-        _time_exported(exported, numbers, as_json)
+        _time_exported(exported, numbers, as_json, out)
         return
-    _check_folder(out, next(place for place in (out, *out.parents) if os.path.lexists(place)))
+    out = Path(".") if out is None else out
+    _check_new_folder(out)
     loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan, guarantee)
     from sparsify.measurement import benchmark
 
@@ -124,11 +129,8 @@ def bench(
         report = benchmark(loaded.model, words, numbers, tokenizer=loaded.tokenizer, plan=chosen_plan,
                            name=loaded.name, progress=tell)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-    try:
+    with _writing_report(out):
         report.save(out)
-    except OSError as error:
-        raise OptionError(f"out is {str(out)!r} and cannot be written ({error.strerror}). Give a folder.") from error
-    console.print(f"wrote {out / 'report.json'} and {out / 'report.md'}", markup=False)
 
 
 @app.command()
@@ -151,7 +153,7 @@ def explain(
     """Say what becomes of each attention of a model, and why; or what is in an exported file."""
     if file is not None:
         _refuse_beside("file", file, model=model, text=text, plan=plan, guarantee=guarantee, html=html, device=device,
-                       dtype=dtype)
+                       dtype=dtype, length=length)
         _explain_exported(file, as_json)
         return
     if html is not None:
@@ -192,7 +194,8 @@ def tune(
         help="Folder, GGUF file or id, as for --model elsewhere; only its configuration is read.")] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads, in place of a model.")] = None,
     kv_heads: Annotated[int | None, typer.Option(show_default="as many as query heads", help="KV heads.")] = None,
-    head_dim: Annotated[int, typer.Option(help="Head dim, with --heads.")] = 128,
+    head_dim: Annotated[int | None, typer.Option(
+        show_default=f"{TUNE_HEAD_DIM}", help="Head dim, with --heads.")] = None,
     lengths: Annotated[str | None, typer.Option(
         metavar="N,N,...", show_default="1024 to 8192 on cpu, 1024 to 32768 on cuda",
         help="Lengths in tokens.")] = None,
@@ -210,8 +213,9 @@ def tune(
     SPARSIFY_TUNE=0 leaves everything to built-in constants.
     """
     numbers = None if lengths is None else _parse_lengths(lengths)
-    if heads is None and kv_heads is not None:
-        raise OptionError(f"kv_heads is {kv_heads} and heads is not given. Give --heads too, or a model alone.")
+    for name, value in (("kv_heads", kv_heads), ("head_dim", head_dim)):
+        if heads is None and value is not None:
+            raise OptionError(f"{name} is {value} and heads is not given. Give --heads too, or a model alone.")
     if heads is not None and model is not None:
         raise OptionError(f"model is {model!r} and heads is {heads}. Give one of the two.")
     Budget(0.0, singles=singles)  # refuses what no plan may hold
@@ -223,7 +227,8 @@ def tune(
     from sparsify.tuning import tune as tune_layer
 
     if heads is not None:
-        layer = Layer(heads, heads if kv_heads is None else kv_heads, head_dim, head_dim)
+        dims = TUNE_HEAD_DIM if head_dim is None else head_dim
+        layer = Layer(heads, heads if kv_heads is None else kv_heads, dims, dims)
     else:
         layer = Layer.of_config(_load_config(model))
     with _progress() as tell:
@@ -368,18 +373,37 @@ def _check_folder(out: Path, folder: Path) -> None:
                           "one.")
 
 
-def _time_exported(file: Path, lengths: list[int] | None, as_json: bool) -> None:
+def _check_new_folder(out: Path) -> None:
+    """The same for a folder that may have to be made."""
+    _check_folder(out, next(place for place in (out, *out.parents) if os.path.lexists(place)))
+
+
+@contextmanager
+def _writing_report(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"out is {str(out)!r} and cannot be written ({error.strerror}). Give a folder.") from error
+    console.print(f"wrote {out / 'report.json'} and {out / 'report.md'}", markup=False)
+
+
+def _time_exported(file: Path, lengths: list[int] | None, as_json: bool, out: Path | None) -> None:
     from sparsify.exporters.timing import time_file
 
+    if out is not None:
+        _check_new_folder(out)
     with _progress() as tell:
         rows = time_file(file, lengths, progress=tell)
-    if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
-        return
-    typer.echo("| key length | batch | bucket | ms |\n|---|---|---|---|")
-    for row in rows:
-        length = "as given" if row.length is None else row.length
-        typer.echo(f"| {length} | {row.batch} | {row.bucket} | {row.ms:.1f} |")
+    data = json.dumps([asdict(row) for row in rows], indent=2)
+    table = "\n".join(["| key length | batch | bucket | ms |", "|---|---|---|---|", *(
+        f"| {'as given' if row.length is None else row.length} | {row.batch} | {row.bucket} | {row.ms:.1f} |"
+        for row in rows)])
+    typer.echo(data if as_json else table)
+    if out is not None:
+        with _writing_report(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "report.json").write_text(f"{data}\n", encoding="utf-8")
+            (out / "report.md").write_text(f"# {file.name}\n\n{table}\n", encoding="utf-8")
 
 
 def _explain_exported(file: Path, as_json: bool) -> None:
@@ -447,11 +471,14 @@ def check(
 @plan_app.command()
 def show(
     file: Annotated[Path | None, typer.Argument(show_default="the default plan")] = None,
-    device: Annotated[Device, typer.Option(help="Device of the default plan.")] = Device.CPU,
+    device: Annotated[Device | None, typer.Option(show_default="cpu", help="Device of the default plan.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a plan file and print it."""
-    plan = Plan.default(device.value) if file is None else Plan.load(file)
+    if file is not None and device is not None:
+        raise OptionError(f"file is {str(file)!r} and device is {device.value!r}. A plan file is the same on every "
+                          "device; leave device out, or file for the default plan.")
+    plan = Plan.default((device or Device.CPU).value) if file is None else Plan.load(file)
     typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
 
 

@@ -111,6 +111,7 @@ def test_explain_writes_a_page(common, files):
 def test_plan_show(files):
     assert run("plan", "show", files / "plan.json").stdout == f"{PLAN}\n"
     assert run("plan", "show", "--device", "cuda").stdout == f"{Plan.default('cuda')}\n"
+    assert run("plan", "show").stdout == f"{Plan.default('cpu')}\n"
     assert Plan.from_dict(json.loads(run("plan", "show", files / "plan.json", "--json").stdout)) == PLAN
 
 
@@ -197,7 +198,11 @@ def test_explain_and_bench_take_the_file(exported, files, monkeypatch):
     assert timed.exit_code == 0, timed.output
     assert [(row["length"], row["bucket"]) for row in json.loads(timed.stdout)] == [
         (64, f"[1, {EDGE})"), (EDGE, f"[{EDGE}, inf)")]
-    assert "| 300 | 1 | " in run("bench", "--exported", files / "model.pt2", "--lengths", "300").stdout
+    shown = run("bench", "--exported", files / "model.pt2", "--lengths", "300", "--out", files / "timed")
+    assert "| 300 | 1 | " in shown.stdout
+    assert (files / "timed" / "report.md").read_text() == f"# model.pt2\n\n{shown.stdout}"
+    assert [row["length"] for row in json.loads((files / "timed" / "report.json").read_text())] == [300]
+    assert f"wrote {files / 'timed' / 'report.json'}" in shown.stderr
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -205,7 +210,9 @@ def test_explain_and_bench_take_the_file(exported, files, monkeypatch):
     (["explain", __file__], "is no exported file"),
     (["explain", "x.pt2", "--model", "y"], "model is 'y'. The file holds its model"),
     (["bench", "--exported", "x.pt2", "--plan", "y"], "plan is 'y'. The file holds its model"),
+    (["explain", "x.pt2", "--length", "7"], "length is '7'. The file holds its model"),
     (["bench", "--exported", "x.pt2"], "'x.pt2' does not exist"),
+    (["bench", "--exported", "x.pt2", "--out", __file__], f"'{__file__}' is no folder that can be written"),
     (["export", "-o", "model.bin"], "path is 'model.bin'"),
     (["export", "-o", "model.pt2", "--target", "ort"], "target is 'ort'"),
     (["export", "-o", "no-such-folder/model.pt2"], "its folder does not exist"),
@@ -241,6 +248,7 @@ def test_mistakes_about_exported_files(arguments, words):
     (["explain", "--length", "64", "--html", "no-such-folder/x.html"], "html is 'no-such-folder/x.html'"),
     (["explain", "--text", __file__, "--length", "32768"], "length is 32768"),
     (["plan", "show", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
+    (["plan", "show", "x.json", "--device", "cuda"], "file is 'x.json' and device is 'cuda'. A plan file is the same"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
     result = run(*arguments, *(["--device", "cpu"] if arguments[0] != "plan" else []))

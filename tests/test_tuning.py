@@ -697,6 +697,8 @@ def test_tune_says_what_did_not_fit(monkeypatch):
     (["--lengths", "100"], "lengths is [100]"),
     (["--batch", "0"], "batch is 0"),
     (["--kv-heads", "4"], "kv_heads is 4 and heads is not given"),
+    (["--head-dim", "64"], "head_dim is 64 and heads is not given"),
+    (["--head-dim", "64", "./no-such-model"], "head_dim is 64 and heads is not given"),
     (["--heads", "0"], "heads is 0"),
     (["--heads", "4", "--kv-heads", "3"], "heads is 4 and kv_heads is 3"),
     (["--heads", "4", "somewhere"], "model is 'somewhere' and heads is 4"),
