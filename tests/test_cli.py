@@ -147,6 +147,7 @@ def test_plan_check_knows_model_and_machine(calibrated, files):
     assert "dtype: the plan says float32, here it is bfloat16" in elsewhere.stdout
     again = run("plan", "check", files / "calibrated.json", "--device", "cpu", "--out", files / "here.json")
     assert again.exit_code == 0, again.output
+    assert again.stdout.endswith("no budget changed\n")
     assert Plan.load(files / "here.json").graph == Plan.load(files / "calibrated.json").graph
     assert run("plan", "check", files / "plan.json", "--device", "cpu").stdout == (
         "the plan does not say where it was measured\n")

@@ -146,6 +146,22 @@ def test_differences_name_ranges_sites_and_facts():
     ]
 
 
+@pytest.mark.parametrize(("gates", "lines"), [
+    ([GATE], []),
+    ([replace(GATE, passed=False)], ["gate at 4096, passed: True -> False"]),
+    ([replace(GATE, budget=DENSE, densities={0: 1.0, 3: 0.5})],
+     ["gate at 4096, budget: tolerance 0.02, singles 2 -> dense", "gate at 4096, densities 11: 0.4 -> not said",
+      "gate at 4096, densities 3: not said -> 0.5"]),
+    ([], [f"gate: {GATE} -> none"]),
+    ([GATE, replace(GATE, length=3000)], [f"gate: none -> {replace(GATE, length=3000)}"]),
+])
+def test_differences_name_gates(gates, lines):
+    low, middle, high = CALIBRATED.buckets
+    other = replace(CALIBRATED, buckets=(low, replace(middle, gates=tuple(gates)), high))
+    assert differences(CALIBRATED, other) == lines
+    assert (other.hash == CALIBRATED.hash) == (not lines)
+
+
 def test_a_plan_comes_from_whatever_a_caller_has(tmp_path):
     THREE.save(tmp_path / "plan.json")
     for given in (THREE, THREE.to_dict(), tmp_path / "plan.json", str(tmp_path / "plan.json")):
