@@ -5,6 +5,8 @@ Results go to stdout, everything else to stderr. A caller's mistake is one line 
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -86,6 +88,12 @@ GuaranteeOption = Annotated[float | None, typer.Option(
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+EXPLAIN_LENGTH = 4096
+"""Tokens that a model is explained on, if it has as many positions."""
+TUNE_HEAD_DIM = 128
+"""Head dim of a layer that is given by its heads."""
+
+
 @app.command()
 def bench(
     model: ModelOption = None,
@@ -93,7 +101,9 @@ def bench(
     lengths: Annotated[str | None, typer.Option(
         metavar="N,N,...", show_default="512 to 16384 on cpu, 2048 to 32768 on cuda",
         help="Lengths in tokens.")] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for report.json and report.md.")] = Path("."),
+    out: Annotated[Path | None, typer.Option(
+        metavar="DIR", show_default="this folder; none with --exported",
+        help="Folder for report.json and report.md.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     plan: PlanOption = None,
@@ -108,20 +118,19 @@ def bench(
     if exported is not None:
         _refuse_beside("exported", exported, model=model, text=text, plan=plan, guarantee=guarantee, device=device,
                        dtype=dtype)
-        _time_exported(exported, numbers, as_json)
+        _time_exported(exported, numbers, as_json, out)
         return
+    out = Path(".") if out is None else out
+    _check_new_folder(out)
     loaded, chosen_plan, words = _prepare(model, text, device, dtype, plan, guarantee)
     from sparsify.measurement import benchmark
 
     with _progress() as tell:
         report = benchmark(loaded.model, words, numbers, tokenizer=loaded.tokenizer, plan=chosen_plan,
                            name=loaded.name, progress=tell)
-    try:
-        report.save(out)
-    except OSError as error:
-        raise OptionError(f"out is {str(out)!r} and cannot be written ({error.strerror}). Give a folder.") from error
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-    console.print(f"wrote {out / 'report.json'} and {out / 'report.md'}", markup=False)
+    with _writing_report(out):
+        report.save(out)
 
 
 @app.command()
@@ -131,7 +140,9 @@ def explain(
         help="A file that `sparsify export` wrote, in place of a model: what is in it.")] = None,
     model: ModelOption = None,
     text: TextOption = None,
-    length: Annotated[int, typer.Option(help="Tokens of text to run on.")] = 4096,
+    length: Annotated[int | None, typer.Option(
+        show_default=f"{EXPLAIN_LENGTH}, or as many as the model has positions",
+        help="Tokens of text to run on.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     plan: PlanOption = None,
@@ -142,7 +153,7 @@ def explain(
     """Say what becomes of each attention of a model, and why; or what is in an exported file."""
     if file is not None:
         _refuse_beside("file", file, model=model, text=text, plan=plan, guarantee=guarantee, html=html, device=device,
-                       dtype=dtype)
+                       dtype=dtype, length=length)
         _explain_exported(file, as_json)
         return
     if html is not None:
@@ -158,6 +169,11 @@ def explain(
     from sparsify.explanation import explain as explain_model
     from sparsify.measurement import encode
 
+    most = getattr(loaded.model.config, "max_position_embeddings", None) or sys.maxsize
+    if length is None:
+        length = min(EXPLAIN_LENGTH, most)
+    if length > most:
+        raise OptionError(f"length is {length} and the model has {most} positions. Give a length up to {most}.")
     ids = encode(words, loaded.tokenizer)[:length]
     if length < 1 or len(ids) < length:
         raise TextError(f"text has {len(ids)} tokens and length is {length}. Give a longer text, or a length from 1.")
@@ -178,7 +194,8 @@ def tune(
         help="Folder, GGUF file or id, as for --model elsewhere; only its configuration is read.")] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads, in place of a model.")] = None,
     kv_heads: Annotated[int | None, typer.Option(show_default="as many as query heads", help="KV heads.")] = None,
-    head_dim: Annotated[int, typer.Option(help="Head dim, with --heads.")] = 128,
+    head_dim: Annotated[int | None, typer.Option(
+        show_default=f"{TUNE_HEAD_DIM}", help="Head dim, with --heads.")] = None,
     lengths: Annotated[str | None, typer.Option(
         metavar="N,N,...", show_default="1024 to 8192 on cpu, 1024 to 32768 on cuda",
         help="Lengths in tokens.")] = None,
@@ -196,8 +213,9 @@ def tune(
     SPARSIFY_TUNE=0 leaves everything to built-in constants.
     """
     numbers = None if lengths is None else _parse_lengths(lengths)
-    if heads is None and kv_heads is not None:
-        raise OptionError(f"kv_heads is {kv_heads} and heads is not given. Give --heads too, or a model alone.")
+    for name, value in (("kv_heads", kv_heads), ("head_dim", head_dim)):
+        if heads is None and value is not None:
+            raise OptionError(f"{name} is {value} and heads is not given. Give --heads too, or a model alone.")
     if heads is not None and model is not None:
         raise OptionError(f"model is {model!r} and heads is {heads}. Give one of the two.")
     Budget(0.0, singles=singles)  # refuses what no plan may hold
@@ -209,18 +227,25 @@ def tune(
     from sparsify.tuning import tune as tune_layer
 
     if heads is not None:
-        layer = Layer(heads, heads if kv_heads is None else kv_heads, head_dim, head_dim)
+        dims = TUNE_HEAD_DIM if head_dim is None else head_dim
+        layer = Layer(heads, heads if kv_heads is None else kv_heads, dims, dims)
     else:
         layer = Layer.of_config(_load_config(model))
     with _progress() as tell:
         rows = tune_layer(layer, numbers, device=torch.device(place), dtype=_find_dtype(dtype, place), batch=batch,
                           causal=not full, singles=singles, progress=tell)
-    stored = str(timings.path())
+    measured = [row for row in rows if row.times is not None]
+    stored = bool(measured) and all(row.stored for row in measured)
     if as_json:
-        typer.echo(json.dumps({"stored": stored, "rows": [row.to_dict() for row in rows]}, indent=2))
+        typer.echo(json.dumps({"stored": str(timings.path()) if stored else None,
+                               "rows": [row.to_dict() for row in rows]}, indent=2))
     else:
         typer.echo(table(rows))
-    console.print(f"stored in {stored}", markup=False)
+    if stored:
+        console.print(f"stored in {timings.path()}", markup=False)
+    elif measured:
+        console.print(f"not stored: {timings.path()} cannot be written, so the ops will not find these times. Set "
+                      "XDG_CACHE_HOME to a folder that can be, and tune again", markup=False)
 
 
 @app.command()
@@ -250,18 +275,17 @@ def calibrate(
     if more and not text:
         raise OptionError(f"texts are {', '.join(map(repr, more))}. Give them behind --text.")
     loaded, _, _ = _prepare(model, None, device, dtype, None)
-    import torch
-
     from sparsify.calibration import calibrate as calibrate_model
-    from sparsify.calibration.request import default_lengths
+    from sparsify.calibration.request import check_arguments, lengths_of
     from sparsify.calibration.texts import read_samples
     from sparsify.models.loading import HELDOUT_TEXT
 
+    place, _ = check_arguments(loaded.model, max_error, metric.value, numbers, holdout)
+    wanted = lengths_of(numbers, loaded.model, place)  # refused before texts are read
     with _progress() as tell:
         tell("reading the texts")
-        place = torch.device(_find_device(device))
-        samples = read_samples(files or [str(HELDOUT_TEXT)], loaded.tokenizer,
-                               numbers or default_lengths(loaded.model, place))
+        samples = read_samples(files or [str(HELDOUT_TEXT)], loaded.tokenizer, wanted, holdout,
+                               asked=numbers is not None)
         plan = calibrate_model(loaded.model, samples, max_error=max_error, metric=metric.value, lengths=numbers,
                                holdout=holdout, progress=tell, out=out)
     typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
@@ -342,18 +366,44 @@ def _refuse_beside(name: str, value: Path, **others: Any) -> None:
                           f"and plan; leave {given} out.")
 
 
-def _time_exported(file: Path, lengths: list[int] | None, as_json: bool) -> None:
+def _check_folder(out: Path, folder: Path) -> None:
+    """Refuse, before minutes of measuring, an `out` that begins in a folder that cannot be written."""
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise OptionError(f"out is {str(out)!r} and {str(folder)!r} is no folder that can be written. Give a place in "
+                          "one.")
+
+
+def _check_new_folder(out: Path) -> None:
+    """The same for a folder that may have to be made."""
+    _check_folder(out, next(place for place in (out, *out.parents) if os.path.lexists(place)))
+
+
+@contextmanager
+def _writing_report(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"out is {str(out)!r} and cannot be written ({error.strerror}). Give a folder.") from error
+    console.print(f"wrote {out / 'report.json'} and {out / 'report.md'}", markup=False)
+
+
+def _time_exported(file: Path, lengths: list[int] | None, as_json: bool, out: Path | None) -> None:
     from sparsify.exporters.timing import time_file
 
+    if out is not None:
+        _check_new_folder(out)
     with _progress() as tell:
         rows = time_file(file, lengths, progress=tell)
-    if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
-        return
-    typer.echo("| key length | batch | bucket | ms |\n|---|---|---|---|")
-    for row in rows:
-        length = "as given" if row.length is None else row.length
-        typer.echo(f"| {length} | {row.batch} | {row.bucket} | {row.ms:.1f} |")
+    data = json.dumps([asdict(row) for row in rows], indent=2)
+    table = "\n".join(["| key length | batch | bucket | ms |", "|---|---|---|---|", *(
+        f"| {'as given' if row.length is None else row.length} | {row.batch} | {row.bucket} | {row.ms:.1f} |"
+        for row in rows)])
+    typer.echo(data if as_json else table)
+    if out is not None:
+        with _writing_report(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "report.json").write_text(f"{data}\n", encoding="utf-8")
+            (out / "report.md").write_text(f"# {file.name}\n\n{table}\n", encoding="utf-8")
 
 
 def _explain_exported(file: Path, as_json: bool) -> None:
@@ -387,6 +437,10 @@ def check(
 ) -> None:
     """Check a plan against a model and this machine: another graph is an error, other hardware is named."""
     plan = Plan.load(file)
+    if out is not None:
+        if out.is_dir():
+            raise OptionError(f"out is {str(out)!r}, a folder. Give the path of a plan file.")
+        _check_folder(out, out.parent)
     if model is not None:
         _check_graph(plan, model, device, dtype)
         typer.echo("the model has the graph of the plan")
@@ -409,19 +463,25 @@ def check(
     with _progress() as tell:
         tell("measuring")
         new = remeasure(plan, torch.device(place), _find_dtype(dtype, place))
+    lines = differences(plan, new)
+    if all(line.startswith("gate") for line in lines):  # gains are measured anew, and hardly ever the same
+        lines.append("no budget changed")
+    typer.echo("\n".join(lines))
     new.save(out)
-    typer.echo("\n".join(differences(plan, new)) or "no budget changed")
     console.print(f"wrote {out}", markup=False)
 
 
 @plan_app.command()
 def show(
     file: Annotated[Path | None, typer.Argument(show_default="the default plan")] = None,
-    device: Annotated[Device, typer.Option(help="Device of the default plan.")] = Device.CPU,
+    device: Annotated[Device | None, typer.Option(show_default="cpu", help="Device of the default plan.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a plan file and print it."""
-    plan = Plan.default(device.value) if file is None else Plan.load(file)
+    if file is not None and device is not None:
+        raise OptionError(f"file is {str(file)!r} and device is {device.value!r}. A plan file is the same on every "
+                          "device; leave device out, or file for the default plan.")
+    plan = Plan.default((device or Device.CPU).value) if file is None else Plan.load(file)
     typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
 
 

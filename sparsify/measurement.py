@@ -46,7 +46,7 @@ def benchmark(model: nn.Module, text: str | Tensor, lengths: Sequence[int] | Non
     """Time and compare `model`, dense and sparse, at several lengths of one text, on the device it is on.
 
     model      a causal language model: token ids [1, length] to logits, or to something with `.logits`
-    text       held-out text, or its token ids [tokens]; at least as long as the longest length
+    text       held-out text, or its token ids [tokens] or [1, tokens]; at least as long as the longest length
     lengths    tokens; None: LENGTHS of the device, up to what the model was made for
     tokenizer  None: the one that belongs to a Hugging Face model
     plan       a Plan, a dict, the path of a plan file, or None for the default plan of the device
@@ -66,7 +66,12 @@ def benchmark(model: nn.Module, text: str | Tensor, lengths: Sequence[int] | Non
     tell = progress or (lambda line: None)
     tell("reading the text")
     ids = (encode(text, tokenizer or tokenizer_of(model)) if isinstance(text, str) else text).to(device)
-    if ids.dim() != 1 or ids.numel() < lengths[-1]:
+    if ids.dim() == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.dim() != 1:
+        raise TextError(f"text is a tensor of shape {list(ids.shape)}. Give the token ids of one text: [tokens] or "
+                        "[1, tokens].")
+    if ids.numel() < lengths[-1]:
         raise TextError(f"text has {ids.numel()} tokens and the longest length is {lengths[-1]}. "
                         "Give a longer text, or shorter lengths.")
 

@@ -6,7 +6,9 @@ A leaf: imports nothing of sparsify but the other leaves, so anyone may import i
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -373,10 +375,18 @@ class Plan:
             raise PlanError(f"plan {str(path)!r}: {error}") from error
 
     def save(self, path: "str | Path") -> None:
-        """Write the plan as JSON, whole or not at all."""
-        part = Path(path).with_name(Path(path).name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        """Write the plan as JSON, whole or not at all. Raises PlanError, naming the path."""
+        place, text = Path(path), json.dumps(self.to_dict(), indent=2) + "\n"
+        part = place.parent / f"{place.name}.{os.urandom(4).hex()}.part"  # others may be saving to the same path
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(place)
+        except OSError as error:
+            raise PlanError(f"plan {self.name} cannot be written to {str(path)!r} ({error.strerror}). Give the path of "
+                            "a file, in a folder that exists and can be written to.") from error
+        finally:
+            with suppress(OSError):
+                part.unlink()
 
     def __str__(self) -> str:
         lines = [f"plan {self.name} ({self.hash})"]
@@ -453,7 +463,7 @@ def _sites_from_dict(where: str, data: Any) -> dict[int, Budget]:
 
 
 def _site_index(where: str, key: Any) -> int:
-    if not str(key).isdigit():
+    if not (str(key).isascii() and str(key).isdecimal()):
         raise PlanError(f"{where} has the key {key!r}. Keys are indices of attention sites: 0, 1, 2 ...")
     return int(key)
 
@@ -474,12 +484,16 @@ def _gate_from_dict(where: str, data: Any) -> Gate:
             raise PlanError(f"{where}.{name} is {value!r}. It must be a {'whole ' if kind is int else ''}number.")
     if not all(isinstance(data.get(name), bool) for name in ("passed", "timed")):
         raise PlanError(f"{where}: passed and timed must be true or false.")
+    rises = data.get("rise"), data.get("rise_upper")
+    if rises != (None, None) and not all(map(_is_number, rises)):
+        raise PlanError(f"{where}.rise is {rises[0]!r} and rise_upper is {rises[1]!r}. Both must be numbers, or both "
+                        "null.")
     densities = {_site_index(f"{where}.densities", key): float(value)
-                 for key, value in _object(f"{where}.densities", data.get("densities")).items()}
+                 for key, value in _numbers(f"{where}.densities", data.get("densities")).items()}
     return Gate(**{**data, "why": str(data.get("why", "")), "densities": densities,
                    "budget": _budget_from_dict(f"{where}.budget", data.get("budget")),
                    "sites": _sites_from_dict(f"{where}.sites", data.get("sites")),
-                   "kinds": _object(f"{where}.kinds", data.get("kinds"))})
+                   "kinds": _numbers(f"{where}.kinds", data.get("kinds"))})
 
 
 _SITE_TYPES = {"module": str, "causal": bool}
@@ -507,6 +521,13 @@ def _object(where: str, data: Any) -> dict[str, Any]:
     if data is not None and not isinstance(data, Mapping):
         raise PlanError(f"{where} is {data!r}. It must be an object.")
     return dict(data or {})
+
+
+def _numbers(where: str, data: Any) -> dict[str, float]:
+    for key, value in _object(where, data).items():
+        if not _is_number(value):
+            raise PlanError(f"{where}[{key}] is {value!r}. It must be a number.")
+    return _object(where, data)
 
 
 def _array(where: str, data: Any) -> list[Any]:

@@ -177,8 +177,8 @@ class Table:
             if found == self.fingerprint:
                 self._take(times)
 
-    def add(self, times: Times) -> None:
-        """Take a record and append it to the file; a file that cannot be written is logged and left."""
+    def add(self, times: Times) -> bool:
+        """Take a record and append it to the file; one that cannot be written is logged and left. Whether it could."""
         self._take(times)
         # The newline comes first: a line that somebody could not finish does not swallow this one.
         line = "\n" + json.dumps({"fingerprint": self.fingerprint, **times.to_dict()}) + "\n"
@@ -192,6 +192,8 @@ class Table:
         except OSError as error:
             log.info("sparsify: %s cannot be written (%s): what is measured lasts as long as this process",
                      self.path, error.strerror)
+            return False
+        return True
 
     def near(self, shape: ShapeClass, singles: int | None = None) -> Times | None:
         """The record of the class nearest in lengths and batch, if one is within a factor of two of each."""

@@ -54,11 +54,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Tuned:
-    """One length: what was measured, or why nothing was."""
+    """One length: what was measured and whether it could be stored, or why nothing was."""
 
     length: int
     times: Times | None
     why: str = ""
+    stored: bool = False
 
     @property
     def is_sparse(self) -> bool:
@@ -101,8 +102,7 @@ def tune(layer: Layer, lengths: Sequence[int] | None, *, device: torch.device, d
         except RuntimeError as error:  # out of memory, for one
             rows.append(Tuned(length, None, str(error).splitlines()[0]))
             continue
-        table.add(times)
-        rows.append(Tuned(length, times))
+        rows.append(Tuned(length, times, stored=table.add(times)))
     return rows
 
 

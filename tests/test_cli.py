@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from torch._inductor import compile_fx
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from sparsify import measurement
@@ -15,6 +17,7 @@ from sparsify.exporters import timing
 from sparsify.exporters.check import check
 from sparsify.models.loading import HELDOUT_TEXT, TINY_LM
 from sparsify.plan import Plan
+from sparsify.report import Report
 from tests.small_model import EDGE, PLAN, save_small_model
 
 
@@ -59,11 +62,36 @@ def test_bench_tells_on_stderr_what_it_does(benched):
         assert line in benched.stderr
 
 
+def test_bench_prints_what_it_cannot_write(common, tmp_path, monkeypatch):
+    report = Report({}, {"name": "model"}, PLAN, ())
+    monkeypatch.setattr(measurement, "benchmark", lambda *arguments, **options: report)
+    (tmp_path / "report.json").mkdir()
+    result = run("bench", *common, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stdout == f"{report}\n"
+    assert f"error: out is '{tmp_path}' and cannot be written (Is a directory)" in result.stderr
+
+
 def test_explain_prints_every_site(common):
     result = run("explain", *common, "--length", 2 * EDGE)
     assert result.exit_code == 0, result.output
     assert "2 attention sites" in result.stdout
     assert "tolerance 0.05" in result.stdout
+
+
+def test_explain_takes_no_more_tokens_than_the_model_has_positions(files):
+    config = GPT2Config(vocab_size=4096, n_positions=1024, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(files / "short")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_LM / name, files / "short")
+    common = ("explain", "--model", files / "short", "--device", "cpu")
+    for fine in ([], ["--length", 1024]):
+        result = run(*common, *fine)
+        assert result.exit_code == 0, result.output
+        assert "1 attention sites" in result.stdout
+    refused = run(*common, "--length", 1025)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "length is 1025 and the model has 1024 positions. Give a length up to 1024" in refused.stderr
 
 
 def test_explain_in_json(common):
@@ -83,6 +111,7 @@ def test_explain_writes_a_page(common, files):
 def test_plan_show(files):
     assert run("plan", "show", files / "plan.json").stdout == f"{PLAN}\n"
     assert run("plan", "show", "--device", "cuda").stdout == f"{Plan.default('cuda')}\n"
+    assert run("plan", "show").stdout == f"{Plan.default('cpu')}\n"
     assert Plan.from_dict(json.loads(run("plan", "show", files / "plan.json", "--json").stdout)) == PLAN
 
 
@@ -118,9 +147,20 @@ def test_plan_check_knows_model_and_machine(calibrated, files):
     assert "dtype: the plan says float32, here it is bfloat16" in elsewhere.stdout
     again = run("plan", "check", files / "calibrated.json", "--device", "cpu", "--out", files / "here.json")
     assert again.exit_code == 0, again.output
+    assert again.stdout.endswith("no budget changed\n")
     assert Plan.load(files / "here.json").graph == Plan.load(files / "calibrated.json").graph
     assert run("plan", "check", files / "plan.json", "--device", "cpu").stdout == (
         "the plan does not say where it was measured\n")
+
+
+def test_plan_check_looks_at_the_place_before_it_measures(calibrated, files):
+    for out, words in ((files / "missing" / "here.json", f"'{files / 'missing'}' is no folder that can be written"),
+                       (files / "text.txt" / "here.json", f"'{files / 'text.txt'}' is no folder"),
+                       (files / "model", "a folder. Give the path of a plan file")):
+        result = run("plan", "check", files / "calibrated.json", "--device", "cpu", "--out", out)
+        assert (result.exit_code, result.stdout) == (2, "")
+        [line] = result.stderr.splitlines()
+        assert line.startswith(f"error: out is '{out}'") and words in line
 
 
 def test_plan_diff(calibrated, files):
@@ -159,7 +199,11 @@ def test_explain_and_bench_take_the_file(exported, files, monkeypatch):
     assert timed.exit_code == 0, timed.output
     assert [(row["length"], row["bucket"]) for row in json.loads(timed.stdout)] == [
         (64, f"[1, {EDGE})"), (EDGE, f"[{EDGE}, inf)")]
-    assert "| 300 | 1 | " in run("bench", "--exported", files / "model.pt2", "--lengths", "300").stdout
+    shown = run("bench", "--exported", files / "model.pt2", "--lengths", "300", "--out", files / "timed")
+    assert "| 300 | 1 | " in shown.stdout
+    assert (files / "timed" / "report.md").read_text() == f"# model.pt2\n\n{shown.stdout}"
+    assert [row["length"] for row in json.loads((files / "timed" / "report.json").read_text())] == [300]
+    assert f"wrote {files / 'timed' / 'report.json'}" in shown.stderr
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -167,7 +211,9 @@ def test_explain_and_bench_take_the_file(exported, files, monkeypatch):
     (["explain", __file__], "is no exported file"),
     (["explain", "x.pt2", "--model", "y"], "model is 'y'. The file holds its model"),
     (["bench", "--exported", "x.pt2", "--plan", "y"], "plan is 'y'. The file holds its model"),
+    (["explain", "x.pt2", "--length", "7"], "length is '7'. The file holds its model"),
     (["bench", "--exported", "x.pt2"], "'x.pt2' does not exist"),
+    (["bench", "--exported", "x.pt2", "--out", __file__], f"'{__file__}' is no folder that can be written"),
     (["export", "-o", "model.bin"], "path is 'model.bin'"),
     (["export", "-o", "model.pt2", "--target", "ort"], "target is 'ort'"),
     (["export", "-o", "no-such-folder/model.pt2"], "its folder does not exist"),
@@ -184,6 +230,10 @@ def test_mistakes_about_exported_files(arguments, words):
     (["calibrate", "x", "more.txt"], "texts are 'more.txt'. Give them behind --text"),
     (["calibrate", "--lengths", "512", "--text", "no-such-text"], "text 'no-such-text' cannot be read"),
     (["calibrate", "--max-error", "0"], "max_error is 0"),
+    (["calibrate", "--lengths", "0,128"], "lengths is [0, 128]"),
+    (["calibrate", "--lengths", "-128"], "lengths is [-128]"),
+    (["calibrate", "--lengths", "512,40000"], "lengths holds 40000 and the model has 32768 positions"),
+    (["calibrate", "--holdout", "0"], "holdout is 0"),
     (["plan", "check", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
     (["bench", "--lengths", "512,many"], "lengths is '512,many'"),
     (["bench", "--lengths", "0"], "lengths is [0]"),
@@ -192,11 +242,14 @@ def test_mistakes_about_exported_files(arguments, words):
     (["bench", "--text", "no-such-text"], "text 'no-such-text' cannot be read"),
     (["bench", "--text", __file__, "--lengths", "32768"], "and the longest length is 32768"),
     (["bench", "--plan", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
+    (["bench", "--out", __file__], f"out is '{__file__}' and '{__file__}' is no folder that can be written"),
+    (["bench", "--out", f"{__file__}/new/folder"], f"and '{__file__}' is no folder that can be written"),
     (["explain", "--guarantee", "0.95"], "guarantee is 0.95 and no plan is given"),
     (["explain", "--length", "0"], "length is 0"),
     (["explain", "--length", "64", "--html", "no-such-folder/x.html"], "html is 'no-such-folder/x.html'"),
     (["explain", "--text", __file__, "--length", "32768"], "length is 32768"),
     (["plan", "show", "no-such-plan"], "plan 'no-such-plan' cannot be read"),
+    (["plan", "show", "x.json", "--device", "cuda"], "file is 'x.json' and device is 'cuda'. A plan file is the same"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
     result = run(*arguments, *(["--device", "cpu"] if arguments[0] != "plan" else []))

@@ -21,7 +21,7 @@ EXTRAS = {
     "exporters/tensorrt.py": {"onnx_ir", "onnxscript"},
     "exporters/tensorrt_segments.py": {"torch_tensorrt"},
     "cli.py": {"typer", "rich", "transformers"},
-    "models/loading.py": {"transformers"},
+    "models/loading.py": {"transformers", "safetensors"},
     "models/tasks.py": {"numpy", "tokenizers"},
 }
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -157,6 +158,9 @@ def test_a_side_reaches_the_model_itself_when_it_is_compiled(tokens):
     ({"repeats": 0}, OptionError, "repeats is 0"),
     ({"plan": "no-such-plan.json"}, PlanError, "no-such-plan.json"),
     ({"text": torch.zeros(63, dtype=torch.long)}, TextError, "text has 63 tokens and the longest length is 64"),
+    ({"text": torch.zeros(1, 63, dtype=torch.long)}, TextError, "text has 63 tokens and the longest length is 64"),
+    ({"text": torch.zeros(2, 99, dtype=torch.long)}, TextError, r"text is a tensor of shape \[2, 99\]. Give the token"),
+    ({"text": torch.tensor(3)}, TextError, r"text is a tensor of shape \[\]"),
     ({"text": ""}, ModelError, "model names no tokenizer"),
     ({"model": nn.Identity()}, ModelError, "no floating-point parameter"),
     ({"model": nn.Linear(3, 3, device="meta")}, ModelError, "meta device"),
@@ -176,13 +180,42 @@ def test_text_shorter_than_the_longest_length_names_both(tmp_path):
         sparsify.benchmark(loaded.model, "", [64], tokenizer=loaded.tokenizer)
 
 
+def test_token_ids_may_be_a_batch_of_one(tokens, monkeypatch):
+    seen = []
+
+    def stop(dense, sparse, windows, *others):
+        seen.extend(windows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurement, "_measure", stop)
+    for text in (tokens[:200], tokens[None, :200]):
+        with pytest.raises(KeyboardInterrupt):
+            sparsify.benchmark(small_model(), text, [128], plan=PLAN)
+    first, second = seen
+    assert first.shape == (1, 128) and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_weights_that_are_not_whole_are_named(shards, tmp_path):
+    small_model().save_pretrained(tmp_path, max_shard_size="100GB" if shards == 1 else "700KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) >= shards
+    load = files[-1].read_bytes()
+    for size in (0, len(load) // 2):  # a download that was broken off
+        files[-1].write_bytes(load[:size])
+        with pytest.raises(ModelError, match=re.escape(f"cannot be loaded: {files[-1]} is not whole")):
+            load_model(tmp_path)
+
+
 def test_what_is_no_model_is_a_model_error(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text('{"model_type": "no-such-model"}')
-    for name, words in (("weights.bin", "no .gguf file"), ("empty", "no config.json and 0 GGUF"),
-                        ("missing", "does not exist"), ("bad", "cannot be loaded")):
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    for name, words in (("weights.bin", "no .gguf file"), ("cut.gguf", "cut.gguf' cannot be loaded"),
+                        ("empty", "no config.json and 0 GGUF"), ("missing", "does not exist"),
+                        ("bad", "cannot be loaded")):
         with pytest.raises(ModelError, match=words):
             load_model(tmp_path / name)
     with pytest.raises(ModelError, match="cannot be loaded"):

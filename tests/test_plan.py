@@ -1,6 +1,7 @@
 """Plans: what is written is read back, and what cannot be meant is refused in words."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,22 @@ def test_differences_name_ranges_sites_and_facts():
     ]
 
 
+@pytest.mark.parametrize(("gates", "lines"), [
+    ([GATE], []),
+    ([replace(GATE, passed=False)], ["gate at 4096, passed: True -> False"]),
+    ([replace(GATE, budget=DENSE, densities={0: 1.0, 3: 0.5})],
+     ["gate at 4096, budget: tolerance 0.02, singles 2 -> dense", "gate at 4096, densities 11: 0.4 -> not said",
+      "gate at 4096, densities 3: not said -> 0.5"]),
+    ([], [f"gate: {GATE} -> none"]),
+    ([GATE, replace(GATE, length=3000)], [f"gate: none -> {replace(GATE, length=3000)}"]),
+])
+def test_differences_name_gates(gates, lines):
+    low, middle, high = CALIBRATED.buckets
+    other = replace(CALIBRATED, buckets=(low, replace(middle, gates=tuple(gates)), high))
+    assert differences(CALIBRATED, other) == lines
+    assert (other.hash == CALIBRATED.hash) == (not lines)
+
+
 def test_a_plan_comes_from_whatever_a_caller_has(tmp_path):
     THREE.save(tmp_path / "plan.json")
     for given in (THREE, THREE.to_dict(), tmp_path / "plan.json", str(tmp_path / "plan.json")):
@@ -189,6 +206,11 @@ def one_bucket(**changes):
     return {"schema": SCHEMA, "buckets": [{**bucket, **changes}]}
 
 
+def one_gate(**changes):
+    [gate] = CALIBRATED.to_dict()["buckets"][1]["gates"]
+    return one_bucket(gates=[{**gate, **changes}])
+
+
 @pytest.mark.parametrize(("data", "words"), [
     ([], "the plan is a list"),
     ({}, "plan.schema is None"),
@@ -211,10 +233,27 @@ def one_bucket(**changes):
     ({**one_bucket(), "graph": [{}]}, r"plan.graph\[0\].causal is None"),
     ({**one_bucket(), "calibration": "yes"}, "plan.calibration is 'yes'. It must be an object"),
     (one_bucket(sites={"0": 0.1}), r"plan.buckets\[0\].sites\[0\] is 0.1"),
+    (one_bucket(sites={"²": {"tolerance": None}}), r"plan.buckets\[0\].sites has the key '²'"),
+    (one_gate(densities={"0": "abc"}), r"gates\[0\].densities\[0\] is 'abc'. It must be a number"),
+    (one_gate(densities={"0": None}), r"gates\[0\].densities\[0\] is None"),
+    (one_gate(densities={"٣": 0.5}), r"gates\[0\].densities has the key '٣'"),
+    (one_gate(kinds={"code": "x"}), r"gates\[0\].kinds\[code\] is 'x'. It must be a number"),
+    (one_gate(rise="x"), r"gates\[0\].rise is 'x' and rise_upper is 0.2. Both must be numbers"),
+    (one_gate(rise_upper=None), r"gates\[0\].rise is 0.1 and rise_upper is None"),
+    (one_gate(rise=None), r"gates\[0\].rise is None and rise_upper is 0.2"),
 ])
 def test_a_dict_that_is_no_plan_says_where(data, words):
     with pytest.raises(PlanError, match=words):
         Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"rise": None, "rise_upper": None}, {"densities": None, "kinds": {}}, {"densities": {"10": 1}},
+], ids=str)
+def test_a_gate_is_read_and_printed(changes):
+    plan = Plan.from_dict(one_gate(**changes))
+    assert "passed, 0.3 (at most 0.33, 8 documents)" in str(plan)
+    assert Plan.from_dict(plan.to_dict()) == plan
 
 
 def test_a_plan_file_that_cannot_be_read_names_its_path(tmp_path):
@@ -226,6 +265,27 @@ def test_a_plan_file_that_cannot_be_read_names_its_path(tmp_path):
         with pytest.raises(PlanError, match=words) as caught:
             Plan.load(path)
         assert str(path) in str(caught.value)
+
+
+def test_a_plan_that_cannot_be_written_names_its_path(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "missing" / "plan.json", tmp_path / "file" / "plan.json", tmp_path / "folder"):
+        with pytest.raises(PlanError, match="cannot be written to .* Give the path of a file") as caught:
+            THREE.save(path)
+        assert repr(str(path)) in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}  # and nothing is left beside it
+
+
+def test_many_may_save_to_one_path(tmp_path):
+    def save(number):
+        for _ in range(20):
+            replace(THREE, name=f"plan {number}").save(tmp_path / "plan.json")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(8)))
+    assert Plan.load(tmp_path / "plan.json") == replace(THREE, name=Plan.load(tmp_path / "plan.json").name)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_a_length_below_one_is_refused():

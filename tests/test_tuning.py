@@ -654,7 +654,7 @@ def test_tune_prints_and_keeps_what_the_ops_read(quick, cache):
     assert result.exit_code == 0, result.output
     head, *rows = result.stdout.splitlines()
     assert head.split()[0] == "length" and [row.split()[0] for row in rows] == ["512", "1024"]
-    assert f"stored in {cache}" in result.stderr.replace("\n", "")
+    assert f"stored in {cache}" in result.stderr.replace("\n", "") and "not stored" not in result.stderr
     crossover.forget()
     assert SHAPE in crossover.table_of(torch.device("cpu")).kernels
 
@@ -669,6 +669,18 @@ def test_tune_reads_a_model(quick, tmp_path):
     assert row["sparse"] == (row["break_even"] >= row["expected_density"])
 
 
+def test_tune_says_what_could_not_be_stored(quick, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    crossover.forget()
+    arguments = ("--heads", 4, "--head-dim", 16, "--lengths", 512, "--device", "cpu")
+    printed, data = run(*arguments), run(*arguments, "--json")
+    assert printed.stdout.splitlines()[1].split()[0] == "512"  # what was measured is shown all the same
+    assert "stored in" not in printed.stderr
+    assert f"not stored: {timings.path()} cannot be written" in printed.stderr
+    assert json.loads(data.stdout)["stored"] is None and json.loads(data.stdout)["rows"][0]["exact"]
+
+
 def test_tune_says_what_did_not_fit(monkeypatch):
     def fail(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore words.")
@@ -677,6 +689,7 @@ def test_tune_says_what_did_not_fit(monkeypatch):
     result = run("--heads", 4, "--lengths", 512, "--device", "cpu")
     assert result.exit_code == 0
     assert "not measured: CUDA out of memory." in result.stdout and "More words" not in result.stdout
+    assert "stored" not in result.stderr
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -684,6 +697,8 @@ def test_tune_says_what_did_not_fit(monkeypatch):
     (["--lengths", "100"], "lengths is [100]"),
     (["--batch", "0"], "batch is 0"),
     (["--kv-heads", "4"], "kv_heads is 4 and heads is not given"),
+    (["--head-dim", "64"], "head_dim is 64 and heads is not given"),
+    (["--head-dim", "64", "./no-such-model"], "head_dim is 64 and heads is not given"),
     (["--heads", "0"], "heads is 0"),
     (["--heads", "4", "--kv-heads", "3"], "heads is 4 and kv_heads is 3"),
     (["--heads", "4", "somewhere"], "model is 'somewhere' and heads is 4"),

@@ -3,6 +3,7 @@
 Never touches the network: an id must be in the local Hugging Face cache.
 """
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,12 +36,17 @@ def load_model(name: str | Path | None = None, *, device: str = "cpu", dtype: to
 
     Raises ModelError if nothing loadable is there.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     place, options = _locate(TINY_LM if name is None else name)
-    with _model_errors(name or "tiny-lm"):
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, attn_implementation="sdpa", local_files_only=True, **options)
+    try:
+        with _model_errors(name or "tiny-lm"):
+            model = AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, attn_implementation="sdpa", local_files_only=True, **options)
+    except SafetensorError as error:
+        raise ModelError(f"model {str(name or 'tiny-lm')!r} cannot be loaded: {_broken_weights(place)} is not whole "
+                         f"({error}). Download or copy it again.") from error
     tokenizer = _load_tokenizer(place, options)
     if place == str(TINY_LM):
         title = "tiny-lm"
@@ -97,6 +103,22 @@ def _locate(name: str | Path) -> tuple[str, dict[str, str]]:
     return str(name), {}
 
 
+def _broken_weights(place: str) -> Path:
+    """The first file of weights that cannot be opened: the error of safetensors does not name it."""
+    from safetensors import SafetensorError, safe_open
+    from transformers.utils import cached_file
+
+    folder = Path(place) if Path(place).is_dir() else Path(
+        cached_file(place, "config.json", local_files_only=True)).parent
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                continue
+        except SafetensorError:
+            return file
+    return folder
+
+
 def _load_tokenizer(place: str, options: dict[str, str]) -> Any:
     from transformers import AutoTokenizer
 
@@ -109,7 +131,7 @@ def _model_errors(name: str | Path) -> Iterator[None]:
     """Turn what transformers raises for a bad model into ModelError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, struct.error) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {str(name)!r} cannot be loaded: {reason} Give a folder with a causal language model, "
                          "a GGUF file, or the id of a model in the local Hugging Face cache.") from error

@@ -133,16 +133,55 @@ def test_files_become_texts_or_pages(tmp_path):
     tokenizer = load_tokenizer(TINY_LM)
     (tmp_path / "many").write_text("<|endoftext|>".join(f"text number {i} " * 30 for i in range(30)))
     (tmp_path / "one").write_text("words of one long text, " * 900)
-    many = list(read_samples([f"code={tmp_path / 'many'}"], tokenizer, [16, 64]))
+    many = list(read_samples([f"code={tmp_path / 'many'}"], tokenizer, [16, 64], 0.3, asked=False))
     assert len(many) == 30
     assert {x.kind for x in many} == {"code"}
     assert len({x.source for x in many}) == 30
-    pages = list(read_samples([str(tmp_path / "one")], tokenizer, [16, 64, 4096]))
+    pages = list(read_samples([str(tmp_path / "one")], tokenizer, [16, 64, 4096], 0.3, asked=False))
     assert {len(x.inputs) for x in pages} == {64}
     assert len(pages) >= 14
     assert len({x.source for x in pages}) == 1
     (tmp_path / "empty").write_text(" ")
     with pytest.raises(TextError, match="is empty"):
-        read_samples([str(tmp_path / "empty")], tokenizer, [16])
+        read_samples([str(tmp_path / "empty")], tokenizer, [16], 0.3, asked=False)
     with pytest.raises(TextError, match="cannot be read"):
-        read_samples([str(tmp_path / "missing")], tokenizer, [16])
+        read_samples([str(tmp_path / "missing")], tokenizer, [16], 0.3, asked=False)
+
+
+@pytest.mark.parametrize(("tokens", "lengths", "asked", "page"), [
+    (2048, [128, 256], True, 256),  # five documents are enough for the longest
+    (2048, [128, 256], False, 128),  # as far as documents reach: rather more pages
+    (2048, [256], True, 256),
+    (2048, [128, 512], False, 128),  # calibration leaves 512 out
+    (640, [128], False, 128),
+])
+def test_pages_hold_the_lengths_asked_for(tokens, lengths, asked, page, tmp_path):
+    (tmp_path / "text").write_text(" ".join(map(str, range(tokens))))
+    pages = list(read_samples([str(tmp_path / "text")], one_word_a_token, lengths, 0.3, asked))
+    assert [len(x.inputs) for x in pages] == [page] * (tokens // page)
+
+
+@pytest.mark.parametrize(("tokens", "lengths", "asked", "words"), [
+    (60, [128], False, "has 60 tokens: 0 pages of 128, and calibration takes 5, 640 tokens. Give more text, or"),
+    (60, [128], True, "has 60 tokens: 0 pages of 128"),
+    (639, [128, 256], False, "has 639 tokens: 4 pages of 128"),
+    (2048, [128, 512], True, "4 pages of 512, .* takes 5, 2560 tokens. Give more text, or lengths up to 128"),
+])
+def test_too_few_pages_say_how_many_tokens_it_takes(tokens, lengths, asked, words, tmp_path):
+    (tmp_path / "text").write_text(" ".join(map(str, range(tokens))))
+    with pytest.raises(TextError, match=words):
+        read_samples([str(tmp_path / "text")], one_word_a_token, lengths, 0.3, asked)
+
+
+def test_the_kind_of_a_file_ends_at_the_first_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    for name in ("a=b/c.txt", "plain.txt"):
+        (tmp_path / name).write_text("words " * 100)
+    found = {(x.kind, x.source) for x in read_samples(["k=a=b/c.txt", "a=b/c.txt", "code=plain.txt", "plain.txt"],
+                                                      one_word_a_token, [16], 0.3, asked=True)}
+    assert found == {("k", "a=b/c.txt:0"), ("", "a=b/c.txt:0"), ("code", "plain.txt:0"), ("", "plain.txt:0")}
+
+
+def one_word_a_token(pieces, add_special_tokens):
+    return {"input_ids": [[int(word) % 1000 if word.isdigit() else 1 for word in piece.split()] for piece in pieces]}
