@@ -62,7 +62,12 @@ def rewrite_sites(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], fir
                   verify_masks: bool = False) -> list[SiteRecord]:
     """Rewrite `gm` in place; the first site is number `first_index`. `verify_masks`: proofs are checked in each run."""
     rewriter = _Rewriter(first_index, verify_masks)
-    records = [rewriter.rewrite_site(place, site) for place, site in enumerate(sites)]
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+    # By output, not by softmax: what one site leaves for the next must stand before it.
+    order = sorted(range(len(sites)), key=lambda place: position[site.site.output.node]
+                   if isinstance(site := sites[place], ChosenSite) else -1)
+    made = {place: rewriter.rewrite_site(place, sites[place]) for place in order}
+    records = [made[place] for place in range(len(sites))]
     _trace_to_the_user(gm.graph)
     _remove_dead_code(gm.graph)
     gm.graph.lint()
@@ -71,7 +76,7 @@ def rewrite_sites(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], fir
 
 
 class _Rewriter:
-    """Rewrites the sites of one graph in order; remembers what the next may meet again."""
+    """Rewrites the sites of one graph in the order of their outputs; remembers what the next may meet again."""
 
     def __init__(self, first_index: int, verify_masks: bool) -> None:
         self.first_index = first_index

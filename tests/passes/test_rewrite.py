@@ -127,6 +127,40 @@ def test_layers_share_one_key_mask():
     assert len({id(arguments[5]) for arguments in function.ops}) == 1
 
 
+def outputs_in_order(first, second, v):
+    out = first @ v
+    return out, second @ v
+
+
+def outputs_in_the_other_order(first, second, v):
+    later = second @ v
+    return first @ v, later
+
+
+def values_of_a_later_site(first, second, v):
+    return first @ (second @ v), v
+
+
+@pytest.mark.parametrize("use", [outputs_in_order, outputs_in_the_other_order, values_of_a_later_site])
+@pytest.mark.parametrize("plan", [Plan.dense(), SPARSE], ids=["dense", "sparse"])
+def test_sites_that_share_a_mask_may_end_in_any_order(use, plan):
+    def attention(q, k, v, pad):
+        hidden = ~pad[:, None, None]
+        first = (q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1)
+        second = (q @ k.mT * 0.3).masked_fill(hidden, -torch.inf).softmax(-1)
+        return use(first, second, v)
+
+    function = rewritten(attention, plan)
+    pad = torch.ones(2, 9, dtype=torch.bool)
+    pad[1, 5:] = False
+    inputs = (*qkv(9), pad)
+    torch.testing.assert_close(function.call(*inputs), attention(*inputs))
+    assert [(record.index, record.outcome == "refused") for record in function.records] == [(0, False), (1, False)]
+    if plan is SPARSE:
+        told = sorted((arguments[-2], arguments[3]) for arguments in function.ops)  # site and scale
+        assert told == [(0, 1.0), (1, pytest.approx(0.3))]
+
+
 @pytest.mark.parametrize("use", [
     lambda out: out,
     lambda out: out.view(out.shape[0], -1),
