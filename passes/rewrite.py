@@ -131,6 +131,8 @@ class _Rewriter:
             causal = _sdpa_causality(query, key, site, chosen.mask) if by_sdpa else None
             if causal is not None:
                 grouped = not same(shape(query)[1], shape(key)[1])
+                if attn_mask is not None and value(attn_mask).dtype not in (torch.bool, torch.float32, site.dtype):
+                    attn_mask = _cast(graph, attn_mask, torch.float32)  # SDPA takes no other; a half loses nothing
                 new = emit(graph, aten.scaled_dot_product_attention.default, query, key, values, attn_mask, 0.0, causal,
                            scale=scale, enable_gqa=grouped)
             else:

@@ -8,6 +8,7 @@ from graphs import capture, qkv, rewritten
 from sparsify import ops
 from sparsify.ops import crossover
 from sparsify.plan import Bucket, Budget, Plan
+from tests.numerics import assert_as_good_as_torch, attention_units
 
 SPARSE = Plan((Bucket(1, None, Budget(0.0)),))
 aten = torch.ops.aten
@@ -48,6 +49,21 @@ def test_a_dense_site_is_sdpa_where_that_can_say_the_mask(length, op):
     assert function.records[0].outcome == "exact"
     assert [target for target in targets(function) if target in (
         aten.scaled_dot_product_attention.default, torch.ops.sparsify.exact_attention.default)] == [op]
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_bias_may_have_another_dtype_than_the_scores(dtype, bias_dtype):
+    def attention(q, k, v, bias):
+        return (q @ k.mT + bias).softmax(-1).to(v.dtype) @ v
+
+    function = rewritten(attention)
+    inputs = (*(x.to(dtype) for x in qkv(9)), torch.randn(9, 9).to(bias_dtype))
+    assert_as_good_as_torch(function.call(*inputs), attention(*inputs), attention(*(x.double() for x in inputs)),
+                            attention_units(*inputs[:2], scale=1.0))
+    assert function.records[0].op == "scaled_dot_product_attention"
+    (sdpa,) = [x for x in function.graphs[-1].graph.nodes if x.target is aten.scaled_dot_product_attention.default]
+    assert sdpa.args[3].meta["val"].dtype == (dtype if bias_dtype == dtype else torch.float32)
 
 
 def test_the_op_is_told_its_budget_and_place():
