@@ -66,6 +66,24 @@ def test_a_bias_may_have_another_dtype_than_the_scores(dtype, bias_dtype):
     assert sdpa.args[3].meta["val"].dtype == (dtype if bias_dtype == dtype else torch.float32)
 
 
+@pytest.mark.parametrize("attend", [
+    lambda q, k, v: torch.softmax(q @ k.mT * 0.3, -1).to(v.dtype) @ v,
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3),
+], ids=["softmax chain", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16], ids=str)
+@pytest.mark.parametrize("plan", [Plan.dense(), SPARSE], ids=["dense", "sparse"])
+def test_a_cache_in_fewer_bits_is_read_as_it_is_widened(attend, dtype, plan):
+    def attention(q, k, v):
+        return attend(q, k.to(q.dtype), v.to(q.dtype))
+
+    q, k, v = qkv(9)
+    inputs = (q, k.to(dtype), v.to(dtype))
+    function = rewritten(attention, plan)
+    assert_as_good_as_torch(function.call(*inputs), attention(*inputs), attend(*(x.double() for x in inputs)),
+                            attention_units(q, inputs[1].double(), scale=0.3))
+    assert function.records[0].outcome != "refused"
+
+
 def test_the_op_is_told_its_budget_and_place():
     plan = Plan((Bucket(1, None, Budget(0.25, max_density=0.5, sinks=2, local=3, singles=4), {0: Budget.dense()}),))
     function = rewritten(lambda q, k, v: causal_chain(causal_chain(q, k, v), k, v), plan)
