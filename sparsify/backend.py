@@ -124,17 +124,21 @@ class Backend:
 
 def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan | None,
                   verify_masks: bool = False, protects: bool = False) -> tuple[fx.GraphModule, list[SiteRecord]]:
-    """Run the pass; if it fails, warn once and hand back the graph as it was. Raises PlanError for another's plan."""
+    """Run the pass; if it fails, warn once and hand back the graph as it was, its sites refused.
+
+    Raises PlanError for another's plan.
+    """
     try:
         rewritten, records = passes.run(gm, example_inputs, plan or default_plan(example_inputs), verify_masks,
                                         protects)
     except RestartAnalysis:
         raise  # Dynamo's way to trace again, knowing more
     except Exception as error:
-        _warn_once(f"sparsify left a graph as it was: its pass failed with {type(error).__name__}: {error}. "
+        why = f"the pass failed with {type(error).__name__}: {error}"
+        _warn_once(f"sparsify left a graph as it was: {why}. "
                    "The model runs as torch.compile alone would run it. Please report this.")
         log.debug("the pass failed", exc_info=True)
-        return gm, []
+        return gm, passes.refuse_all(gm, example_inputs, why.splitlines()[0])
     if plan is not None:
         plan.refuse_other_graph(site_shapes([records]))
     return rewritten, records

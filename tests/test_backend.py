@@ -199,6 +199,41 @@ def test_a_failing_pass_warns_once_and_compiles_without_it(monkeypatch):
     assert [str(w.message).count("on purpose") for w in caught if "sparsify" in str(w.message)] == [1]
 
 
+def fail_on_purpose(*args):
+    raise RuntimeError("on purpose\nwith more lines")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first", "warned before"])
+def test_explain_names_the_sites_of_a_failing_pass(monkeypatch, again):
+    model, x = Attention().eval(), torch.randn(2, 40, 16)
+    (fine,) = sparsify.explain(model, x).sites
+    monkeypatch.setattr(backend_module.passes, "run", fail_on_purpose)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if again:
+            sparsify.explain(model, x)
+        (site,) = sparsify.explain(model, x).sites
+    assert site.record.outcome == "refused"
+    assert site.record.why == "the pass failed with RuntimeError: on purpose"
+    assert [site.record.line, site.record.module] == [fine.record.line, fine.record.module]
+
+
+def test_explain_says_that_a_pass_failed_where_no_site_can_be_found(monkeypatch):
+    monkeypatch.setattr(backend_module.passes, "run", fail_on_purpose)
+    monkeypatch.setattr(pipeline, "normalise", fail_on_purpose)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        explained = sparsify.explain(Attention().eval(), torch.randn(2, 40, 16))
+    assert [(site.record.outcome, "on purpose" in str(site)) for site in explained.sites] == [("refused", True)]
+
+
+def test_a_failing_pass_makes_up_no_sites(monkeypatch):
+    monkeypatch.setattr(backend_module.passes, "run", fail_on_purpose)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not sparsify.explain(lambda x: x * 2, torch.randn(2, 40, 16)).sites
+
+
 def test_one_log_line_per_bucket(caplog):
     model = sparsify.compile(Attention().eval(), PLAN, backend="eager")
     with caplog.at_level(logging.INFO, logger="sparsify"):
