@@ -297,9 +297,18 @@ def tracing_config(room: Mapping[str, int], size_oblivious: bool, data_dependent
 
 
 def _check_not_empty(inputs: Sequence[torch.Tensor]) -> None:
-    """The first tensor is the sequence; tracing an empty one fails far from its cause."""
-    if inputs and 0 in inputs[0].shape[1:]:
+    """The first tensor is the sequence; tracing an empty one fails far from its cause.
+
+    Unless it is a cache that holds nothing yet: then the tensors that it will grow by have its shape, but for the zero.
+    """
+    if inputs and 0 in inputs[0].shape[1:] and not any(_grows_by(inputs[0], x) for x in inputs[1:]):
         raise ShapeError(f"the input has shape {list(inputs[0].shape)}: an empty sequence. Give at least one token.")
+
+
+def _grows_by(empty: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether a tensor has the shape of an empty one, and something in it."""
+    return (empty.dim() == new.dim() and new.dtype != torch.bool
+            and all(was in (0, now) and now for was, now in zip(empty.shape, new.shape, strict=True)))
 
 
 def _load_plan(plan: PlanLike, guarantee: float | None = None) -> Plan | None:

@@ -175,6 +175,35 @@ def test_an_empty_sequence_is_refused():
         model(torch.randn(2, 0, 16))
 
 
+def attend_with_cache(past_k, past_v, q, k, v):
+    k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    hidden = torch.arange(k.shape[2]) > torch.arange(q.shape[2])[:, None] + past_k.shape[2]
+    return (q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ v, k, v
+
+
+def test_a_cache_that_is_given_first_may_be_empty():
+    compiled = sparsify.compile(attend_with_cache, PLAN, backend="eager")
+    past = (torch.randn(2, 4, 0, 8),) * 2
+    for length in (40, 1, 3):
+        new = torch.randn(3, 2, 4, length, 8).unbind()
+        out, *after = attend_with_cache(*past, *new)
+        torch.testing.assert_close(compiled(*past, *new)[0], out)
+        (site,) = sparsify.explain(compiled, *past, *new).sites
+        assert site.record.outcome == ("sparse" if length > 1 else "exact")  # one query would gain nothing
+        past = after
+
+
+@pytest.mark.parametrize("shapes", [
+    [(2, 4, 0, 8)] * 5,  # nothing to attend to
+    [(2, 0), (2, 0)],
+    [(2, 4, 0, 8), (8, 8)],  # a weight is no sequence
+], ids=str)
+def test_an_empty_sequence_is_refused_beside_other_tensors(shapes):
+    compiled = sparsify.compile(lambda *xs: sum(x.sum() for x in xs), PLAN, backend="eager")
+    with pytest.raises(ShapeError, match="at least one token"):
+        compiled(*(torch.randn(shape) for shape in shapes))
+
+
 def test_a_wrapped_model_is_refused():
     with pytest.raises(ModelError, match="_orig_mod"):
         sparsify.compile(torch.compile(Attention()))
