@@ -56,6 +56,7 @@ from sparsify.plan import Bucket
 STRIDE_BLIND = {aten.contiguous.default, aten.linear.default, aten.matmul.default}
 RELAYOUTS = {aten.reshape.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int,
              aten.unsqueeze.default}
+UNKNOWN_STRIDES = "the strides of its output depend on values of tensors, and a user of the output could tell them"
 
 
 def rewrite_sites(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0,
@@ -96,7 +97,11 @@ class _Rewriter:
             outcome, why = "kept dense", f"{why}; scaled_dot_product_attention is exact and needs no other mask here"
             op = "scaled_dot_product_attention"
         else:
-            op = self.replace(index, chosen)
+            made = self.replace(index, chosen)
+            if made is None:
+                return SiteRecord(index, "refused", site.form, site.origin.line, site.origin.module, UNKNOWN_STRIDES,
+                                  site.output.node.name)
+            op = made
         budget = str(chosen.budget)
         if chosen.table is not None and len(chosen.table) > 1:
             budget = "; ".join(f"{bucket} {bucket.budget}" for bucket in chosen.table)
@@ -104,8 +109,8 @@ class _Rewriter:
                           str(chosen.mask), str(chosen.bucket), budget, op, depends, *_sizes(site),
                           protection=chosen.protection)
 
-    def replace(self, index: int, chosen: ChosenSite) -> str:
-        """Put an op where the site's output was; its name."""
+    def replace(self, index: int, chosen: ChosenSite) -> str | None:
+        """Put an op where the site's output was; its name. None where that cannot be: then nothing reads it."""
         site, budget, old, at = chosen.site, chosen.budget, chosen.site.output.node, chosen.site.output.node
         layout, graph = site.layout, old.graph
         query = self.operand(site.query, (layout.batch, layout.heads, layout.queries, layout.dim), at)
@@ -152,8 +157,11 @@ class _Rewriter:
                                *_trimmed((budget.peaks or 0.0, 0.0), (shifts, None), (protected, None)))
             new.meta = {**old.meta, "val": new.meta["val"]}
             made = self.gained(site, new, "output")
-        self.replaced[old] = self.as_before(made, site)
-        old.replace_all_uses_with(self.replaced[old])
+        made_as_before = self.as_before(made, site)
+        if made_as_before is None:
+            return None
+        self.replaced[old] = made_as_before
+        old.replace_all_uses_with(made_as_before)
         return op_name(new)
 
     def operand(self, operand: Operand, layout: Dims, at: fx.Node) -> fx.Node:
@@ -197,13 +205,15 @@ class _Rewriter:
                 tensor = _cast(at.graph, emit(at.graph, function, tensor, factor), site.dtype)
         return tensor
 
-    def as_before(self, new: fx.Node, site: AttentionSite) -> fx.Node:
-        """The op's output in the layout, dtype and strides of the old one."""
+    def as_before(self, new: fx.Node, site: AttentionSite) -> fx.Node | None:
+        """The op's output in the layout, dtype and strides of the old one; None where its strides are not known."""
         old, layout, graph = site.output.node, site.layout, site.output.node.graph
         made = rearrange(new, (layout.batch, layout.heads, layout.queries, layout.value_dim), site.output.dims, old)
         with graph.inserting_before(old):
             made = _cast(graph, made, value(old).dtype)
             if not _same_strides(made, old) and _strides_matter(old):
+                if free_unbacked_symbols(value(old).stride()):
+                    return None
                 made = _with_strides_of(graph, made, old)
         made.meta = {**old.meta, "val": made.meta["val"]}
         return made
