@@ -22,8 +22,8 @@ if __name__ != "sparsify.passes":
 
 from sparsify.passes.find import find_attention
 from sparsify.passes.normalise import normalise
-from sparsify.passes.pipeline import rewrite, run, run_exported
+from sparsify.passes.pipeline import refuse_all, rewrite, run, run_exported
 from sparsify.passes.site import AttentionSite, MaskProof, Refused, SiteRecord
 
-__all__ = ["AttentionSite", "MaskProof", "Refused", "SiteRecord", "find_attention", "normalise", "rewrite", "run",
-           "run_exported"]
+__all__ = ["AttentionSite", "MaskProof", "Refused", "SiteRecord", "find_attention", "normalise", "refuse_all",
+           "rewrite", "run", "run_exported"]

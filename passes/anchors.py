@@ -1,6 +1,7 @@
 """Where attention shows: softmax in all its spellings.
 
     softmax(s, dim)   _softmax   special_softmax           one node
+    _safe_softmax(s, dim)                                  that of SDPA: a row that sees no key gives zeros
     exp(log_softmax(s, dim))   exp(s - logsumexp(s))       weights come out of the exponential
     e = exp(s [- max]);  e / sum(e, dim)                   early division
     e = exp(s [- max]);  (e @ v) / sum(e, dim)             late division
@@ -17,7 +18,7 @@ from torch import fx
 from sparsify.passes.axes import is_view, op_name
 from sparsify.passes.graph import argument, arguments, is_tensor, shape
 
-SOFTMAXES = {"softmax", "_softmax", "special_softmax"}
+SOFTMAXES = {"softmax", "_softmax", "_safe_softmax", "special_softmax"}
 ANCHORS = {*SOFTMAXES, "exp", "exp_"}
 NEGLIGIBLE = 2**-24
 """Against a sum of exponentials that holds exp(0): less than the rounding of float32."""

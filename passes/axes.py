@@ -53,6 +53,8 @@ PERMUTATIONS = {"transpose", "permute", "t", "mT", "numpy_T", "adjoint", "swapax
 EXPANSIONS = {"expand", "expand_as", "broadcast_to"}
 COPIES = {"contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy", "detach"}
 CASTS = {"to", "_to_copy", "type_as"}
+DTYPES = {torch.float16, torch.bfloat16, torch.float32}
+"""What attention may run in: what the ops take."""
 VIEWS = RESHAPES | PERMUTATIONS | EXPANSIONS | COPIES | CASTS
 
 
@@ -139,7 +141,7 @@ def _divides(divisor: Size, size: Size) -> bool:
 def view_up(node: fx.Node, dims: Dims, *, through_casts: bool = False) -> tuple[fx.Node, Dims] | None:
     """One step from `node` to the tensor it shows in another layout, and the dims of that; None at any other op.
 
-    `through_casts`: also up from a wider float dtype to the narrower one it was, which loses nothing.
+    `through_casts`: also up from a wider float dtype to the narrower one it was, which loses nothing, if ops take it.
     """
     name = op_name(node)
     if name in COPIES or is_inert_dropout(node):
@@ -147,7 +149,7 @@ def view_up(node: fx.Node, dims: Dims, *, through_casts: bool = False) -> tuple[
     if name in CASTS:
         source = argument(node)
         was, now = value(source).dtype, value(node).dtype
-        if was == now or (through_casts and was.is_floating_point and was.itemsize < now.itemsize):
+        if was == now or (through_casts and was in DTYPES and was.itemsize < now.itemsize):
             return source, dims
         return None
     if name in RESHAPES:

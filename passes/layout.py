@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sparsify.passes.axes import Dims, Group, flat, index_of, leaves, resolve, view_up
+from sparsify.passes.axes import DTYPES, Dims, Group, flat, index_of, leaves, resolve, view_up
 from sparsify.passes.graph import mutations, origin, storage_root, value
 from sparsify.passes.site import (
     BATCH,
@@ -29,8 +29,6 @@ from sparsify.passes.site import (
     Scale,
 )
 from sparsify.passes.walk import Scores, Stop
-
-DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sparsify.passes.normalise import graphs, normalise
 from sparsify.passes.protect import INSIDE, NO_MASK, protect_sites, take_masks
 from sparsify.passes.prove import prove_masks
 from sparsify.passes.rewrite import rewrite_sites
-from sparsify.passes.site import SiteRecord
+from sparsify.passes.site import Refused, SiteRecord
 from sparsify.plan import Plan
 
 
@@ -55,6 +55,21 @@ def rewrite(gm: fx.GraphModule, plan: Plan, example_inputs: Sequence[Any] = (),
             return _rewrite(gm, plan, all_symbols(gm), {}, verify_masks, protects)
     strict = strict_symbols(gm, example_inputs)
     return _rewrite(gm, plan, strict, buffers_of(gm, example_inputs), verify_masks, protects, may_guard=not strict)
+
+
+def refuse_all(gm: fx.GraphModule, example_inputs: Sequence[Any], why: str) -> list[SiteRecord]:
+    """Records of a graph that stays as it was, because the pass failed on it: all its sites, refused.
+
+    Where they cannot be found either, one record stands for the whole graph.
+    """
+    try:
+        found = [site for graph in graphs(normalise(gm, example_inputs)) for site in find_attention(graph)]
+    except Exception:  # whatever failed in the pass may fail again
+        return [SiteRecord(0, "refused", "other", "unknown line", "", why, "")]
+    return [SiteRecord(i, "refused", site.form, site.origin.line, site.origin.module,
+                       site.why if isinstance(site, Refused) else why,
+                       site.node if isinstance(site, Refused) else site.output.node.name)
+            for i, site in enumerate(found)]
 
 
 def _rewrite(gm: fx.GraphModule, plan: Plan, strict: frozenset[sympy.Symbol], buffers: Mapping[fx.Node, Buffer],

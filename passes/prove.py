@@ -37,6 +37,7 @@ from sparsify.passes.reader import (
     Where,
     WrittenInPlace,
     as_condition,
+    as_number,
     branches,
     is_boolean,
 )
@@ -140,7 +141,7 @@ def _take_term(reader: TensorReader, term: MaskTerm, found: "_Arguments") -> boo
             _check_fill(reader, term)
         return False
     if term.kind == "add":
-        visible, exact = _adds_nothing(x, term.factor)
+        visible, exact = _adds_nothing(as_number(x), term.factor)
         return found.take_all(_conjuncts(visible)) and exact
     visible = as_condition(x) if term.kind == "keep" else sympy.Not(as_condition(x))
     if visible != sympy.true:

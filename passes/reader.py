@@ -338,7 +338,8 @@ def as_condition(x: Value) -> sympy.Basic:
     return x if is_boolean(x) else _relation(sympy.Ne, x, _ZERO)
 
 
-def _as_number(x: Value) -> Value:
+def as_number(x: Value) -> Value:
+    """A value as a number, as arithmetic takes it."""
     if is_boolean(x):
         return where(x, sympy.Integer(1), sympy.Integer(0))
     return x
@@ -427,7 +428,7 @@ def _cast(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Va
         return x
     if to == torch.bool:
         return as_condition(x)
-    x = _as_number(x)
+    x = as_number(x)
     if not to.is_floating_point and not all(branch.is_integer for branch in branches(x)):
         x = _lift(lambda branch: _truncated(reader, branch), x)
     return _stored(reader, node, index, x)
@@ -478,14 +479,14 @@ def _arange(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> 
 def _constant(number: Any) -> Reader:
     def read(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
         x = _number(value(a["fill_value"] if number is None else number))
-        return as_condition(x) if value(node).dtype == torch.bool else _as_number(x)
+        return as_condition(x) if value(node).dtype == torch.bool else as_number(x)
 
     return read
 
 
 def _fill(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
     x = reader.operand(a["value"], index)
-    return as_condition(x) if value(node).dtype == torch.bool else _as_number(x)
+    return as_condition(x) if value(node).dtype == torch.bool else as_number(x)
 
 
 def _copied(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
@@ -500,7 +501,7 @@ def _scalar_tensor(reader: TensorReader, node: fx.Node, a: Arguments, index: Ind
 
 def _eye(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
     diagonal = sympy.Eq(index[0], index[1])
-    return diagonal if value(node).dtype == torch.bool else _as_number(diagonal)
+    return diagonal if value(node).dtype == torch.bool else as_number(diagonal)
 
 
 def _compare(kind: Any) -> Reader:
@@ -513,7 +514,7 @@ def _compare(kind: Any) -> Reader:
         operands = [reader.operand(x, index) for x in node.args[:2]]
         if kind in (sympy.Eq, sympy.Ne):
             operands = [_unchosen(reader, x, y, index) for x, y in zip(node.args, operands, strict=False)]
-        return _lift(compare, *map(_as_number, operands))
+        return _lift(compare, *map(as_number, operands))
 
     return read
 
@@ -541,7 +542,7 @@ def _arithmetic(function: Callable[..., Any], on_booleans: Any = None) -> Reader
             if on_booleans is None:
                 raise _Leaf
             return on_booleans(*map(as_condition, operands))
-        left, right = map(_as_number, operands)
+        left, right = map(as_number, operands)
         alpha = _number(value(a.get("alpha", 1)))
         if alpha != 1:
             right = _lift(lambda x: x * alpha, right)
@@ -562,7 +563,7 @@ def _divide(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> 
             return reader.divide(x, y)[0]
         raise _Leaf
 
-    x, y = (_as_number(reader.operand(x, index)) for x in node.args[:2])
+    x, y = (as_number(reader.operand(x, index)) for x in node.args[:2])
     return _stored(reader, node, index, _lift(divide, x, y))
 
 
@@ -576,22 +577,22 @@ def _remainder(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) 
             raise _Leaf
         return reader.divide(x, y)[1]
 
-    x, y = (_as_number(reader.operand(x, index)) for x in node.args[:2])
+    x, y = (as_number(reader.operand(x, index)) for x in node.args[:2])
     return _stored(reader, node, index, _lift(remainder, x, y))
 
 
 def _function(function: Callable[..., Any]) -> Reader:
     def read(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
-        return _stored(reader, node, index, _lift(function, _as_number(reader.at(a["self"], index))))
+        return _stored(reader, node, index, _lift(function, as_number(reader.at(a["self"], index))))
 
     return read
 
 
 def _clamp(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
-    x = _as_number(reader.at(a["self"], index))
+    x = as_number(reader.at(a["self"], index))
     for name, function in (("min", sympy.Max), ("max", sympy.Min)):
         if a.get(name) is not None:
-            x = _lift(function, x, _as_number(reader.operand(a[name], index)))
+            x = _lift(function, x, as_number(reader.operand(a[name], index)))
     return _stored(reader, node, index, x)
 
 
@@ -602,7 +603,7 @@ def _logarithm(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) 
             raise _Leaf
         return _ZERO if x == 1 else -sympy.oo
 
-    return _lift(logarithm, _as_number(reader.at(a["self"], index)))
+    return _lift(logarithm, as_number(reader.at(a["self"], index)))
 
 
 def _logic(function: Callable[..., Any]) -> Reader:
@@ -862,7 +863,7 @@ def _diff(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Va
         raise _Leaf
 
     def element(x: fx.Node, i: sympy.Expr) -> Value:
-        return _as_number(reader.operand(x, (*index[:dim], i, *index[dim + 1:])))
+        return as_number(reader.operand(x, (*index[:dim], i, *index[dim + 1:])))
 
     i = index[dim]
     if before is None:
@@ -875,7 +876,7 @@ def _diff(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Va
 def _cumsum(reader: TensorReader, node: fx.Node, a: Arguments, index: Index) -> Value:
     """A running sum of the same number; packed-document masks of one document come to that."""
     dim = a["dim"] % len(index)
-    x = _as_number(reader.at(a["self"], index))
+    x = as_number(reader.at(a["self"], index))
     if isinstance(x, Where) or index[dim].free_symbols & x.free_symbols or x.atoms(AppliedUndef) or not x.is_integer:
         raise _Leaf
     return _stored(reader, node, index, x * (index[dim] + 1))

@@ -58,13 +58,19 @@ RELAYOUTS = {aten.reshape.default, aten.transpose.int, aten.permute.default, ate
              aten.unsqueeze.default}
 WIDE_IN_AUTOCAST = {"div", "mul", "sum"}
 """Ops that end an attention, and that autocast does not narrow."""
+UNKNOWN_STRIDES = "the strides of its output depend on values of tensors, and a user of the output could tell them"
 
 
 def rewrite_sites(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0,
                   verify_masks: bool = False) -> list[SiteRecord]:
     """Rewrite `gm` in place; the first site is number `first_index`. `verify_masks`: proofs are checked in each run."""
     rewriter = _Rewriter(first_index, verify_masks)
-    records = [rewriter.rewrite_site(place, site) for place, site in enumerate(sites)]
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+    # By output, not by softmax: what one site leaves for the next must stand before it.
+    order = sorted(range(len(sites)), key=lambda place: position[site.site.output.node]
+                   if isinstance(site := sites[place], ChosenSite) else -1)
+    made = {place: rewriter.rewrite_site(place, sites[place]) for place in order}
+    records = [made[place] for place in range(len(sites))]
     _trace_to_the_user(gm.graph)
     _remove_dead_code(gm.graph)
     gm.graph.lint()
@@ -73,7 +79,7 @@ def rewrite_sites(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], fir
 
 
 class _Rewriter:
-    """Rewrites the sites of one graph in order; remembers what the next may meet again."""
+    """Rewrites the sites of one graph in the order of their outputs; remembers what the next may meet again."""
 
     def __init__(self, first_index: int, verify_masks: bool) -> None:
         self.first_index = first_index
@@ -93,7 +99,11 @@ class _Rewriter:
             outcome, why = "kept dense", f"{why}; scaled_dot_product_attention is exact and needs no other mask here"
             op = "scaled_dot_product_attention"
         else:
-            op = self.replace(index, chosen)
+            made = self.replace(index, chosen)
+            if made is None:
+                return SiteRecord(index, "refused", site.form, site.origin.line, site.origin.module, UNKNOWN_STRIDES,
+                                  site.output.node.name)
+            op = made
         budget = str(chosen.budget)
         if chosen.table is not None and len(chosen.table) > 1:
             budget = "; ".join(f"{bucket} {bucket.budget}" for bucket in chosen.table)
@@ -101,8 +111,8 @@ class _Rewriter:
                           str(chosen.mask), str(chosen.bucket), budget, op, depends, *_sizes(site),
                           protection=chosen.protection)
 
-    def replace(self, index: int, chosen: ChosenSite) -> str:
-        """Put an op where the site's output was; its name."""
+    def replace(self, index: int, chosen: ChosenSite) -> str | None:
+        """Put an op where the site's output was; its name. None where that cannot be: then nothing reads it."""
         site, budget, old, at = chosen.site, chosen.budget, chosen.site.output.node, chosen.site.output.node
         layout, graph = site.layout, old.graph
         query = self.operand(site.query, (layout.batch, layout.heads, layout.queries, layout.dim), at)
@@ -128,6 +138,8 @@ class _Rewriter:
             causal = _sdpa_causality(query, key, site, chosen.mask) if by_sdpa else None
             if causal is not None:
                 grouped = not same(shape(query)[1], shape(key)[1])
+                if attn_mask is not None and value(attn_mask).dtype not in (torch.bool, torch.float32, site.dtype):
+                    attn_mask = _cast(graph, attn_mask, torch.float32)  # SDPA takes no other; a half loses nothing
                 new = emit(graph, aten.scaled_dot_product_attention.default, query, key, values, attn_mask, 0.0, causal,
                            scale=scale, enable_gqa=grouped)
             else:
@@ -147,8 +159,11 @@ class _Rewriter:
                                *_trimmed((budget.peaks or 0.0, 0.0), (shifts, None), (protected, None)))
             new.meta = {**old.meta, "val": new.meta["val"]}
             made = self.gained(site, new, "output")
-        self.replaced[old] = self.as_before(made, site)
-        old.replace_all_uses_with(self.replaced[old])
+        made_as_before = self.as_before(made, site)
+        if made_as_before is None:
+            return None
+        self.replaced[old] = made_as_before
+        old.replace_all_uses_with(made_as_before)
         return op_name(new)
 
     def operand(self, operand: Operand, layout: Dims, at: fx.Node) -> fx.Node:
@@ -192,13 +207,15 @@ class _Rewriter:
                 tensor = _cast(at.graph, emit(at.graph, function, tensor, factor), site.dtype)
         return tensor
 
-    def as_before(self, new: fx.Node, site: AttentionSite) -> fx.Node:
-        """The op's output in the layout, dtype and strides of the old one."""
+    def as_before(self, new: fx.Node, site: AttentionSite) -> fx.Node | None:
+        """The op's output in the layout, dtype and strides of the old one; None where its strides are not known."""
         old, layout, graph = site.output.node, site.layout, site.output.node.graph
         made = rearrange(new, (layout.batch, layout.heads, layout.queries, layout.value_dim), site.output.dims, old)
         with graph.inserting_before(old):
             made = _cast(graph, made, value(old).dtype)
             if not _same_strides(made, old) and _strides_matter(old):
+                if free_unbacked_symbols(value(old).stride()):
+                    return None
                 made = _with_strides_of(graph, made, old)
         made.meta = {**old.meta, "val": made.meta["val"]}
         return made

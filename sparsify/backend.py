@@ -124,17 +124,21 @@ class Backend:
 
 def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], plan: Plan | None,
                   verify_masks: bool = False, protects: bool = False) -> tuple[fx.GraphModule, list[SiteRecord]]:
-    """Run the pass; if it fails, warn once and hand back the graph as it was. Raises PlanError for another's plan."""
+    """Run the pass; if it fails, warn once and hand back the graph as it was, its sites refused.
+
+    Raises PlanError for another's plan.
+    """
     try:
         rewritten, records = passes.run(gm, example_inputs, plan or default_plan(example_inputs), verify_masks,
                                         protects)
     except RestartAnalysis:
         raise  # Dynamo's way to trace again, knowing more
     except Exception as error:
-        _warn_once(f"sparsify left a graph as it was: its pass failed with {type(error).__name__}: {error}. "
+        why = f"the pass failed with {type(error).__name__}: {error}"
+        _warn_once(f"sparsify left a graph as it was: {why}. "
                    "The model runs as torch.compile alone would run it. Please report this.")
         log.debug("the pass failed", exc_info=True)
-        return gm, []
+        return gm, passes.refuse_all(gm, example_inputs, why.splitlines()[0])
     if plan is not None:
         plan.refuse_other_graph(site_shapes([records]))
     return rewritten, records
@@ -293,9 +297,18 @@ def tracing_config(room: Mapping[str, int], size_oblivious: bool, data_dependent
 
 
 def _check_not_empty(inputs: Sequence[torch.Tensor]) -> None:
-    """The first tensor is the sequence; tracing an empty one fails far from its cause."""
-    if inputs and 0 in inputs[0].shape[1:]:
+    """The first tensor is the sequence; tracing an empty one fails far from its cause.
+
+    Unless it is a cache that holds nothing yet: then the tensors that it will grow by have its shape, but for the zero.
+    """
+    if inputs and 0 in inputs[0].shape[1:] and not any(_grows_by(inputs[0], x) for x in inputs[1:]):
         raise ShapeError(f"the input has shape {list(inputs[0].shape)}: an empty sequence. Give at least one token.")
+
+
+def _grows_by(empty: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether a tensor has the shape of an empty one, and something in it."""
+    return (empty.dim() == new.dim() and new.dtype != torch.bool
+            and all(was in (0, now) and now for was, now in zip(empty.shape, new.shape, strict=True)))
 
 
 def _load_plan(plan: PlanLike, guarantee: float | None = None) -> Plan | None:

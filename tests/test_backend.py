@@ -175,6 +175,35 @@ def test_an_empty_sequence_is_refused():
         model(torch.randn(2, 0, 16))
 
 
+def attend_with_cache(past_k, past_v, q, k, v):
+    k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    hidden = torch.arange(k.shape[2]) > torch.arange(q.shape[2])[:, None] + past_k.shape[2]
+    return (q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ v, k, v
+
+
+def test_a_cache_that_is_given_first_may_be_empty():
+    compiled = sparsify.compile(attend_with_cache, PLAN, backend="eager")
+    past = (torch.randn(2, 4, 0, 8),) * 2
+    for length in (40, 1, 3):
+        new = torch.randn(3, 2, 4, length, 8).unbind()
+        out, *after = attend_with_cache(*past, *new)
+        torch.testing.assert_close(compiled(*past, *new)[0], out)
+        (site,) = sparsify.explain(compiled, *past, *new).sites
+        assert site.record.outcome == ("sparse" if length > 1 else "exact")  # one query would gain nothing
+        past = after
+
+
+@pytest.mark.parametrize("shapes", [
+    [(2, 4, 0, 8)] * 5,  # nothing to attend to
+    [(2, 0), (2, 0)],
+    [(2, 4, 0, 8), (8, 8)],  # a weight is no sequence
+], ids=str)
+def test_an_empty_sequence_is_refused_beside_other_tensors(shapes):
+    compiled = sparsify.compile(lambda *xs: sum(x.sum() for x in xs), PLAN, backend="eager")
+    with pytest.raises(ShapeError, match="at least one token"):
+        compiled(*(torch.randn(shape) for shape in shapes))
+
+
 def test_a_wrapped_model_is_refused():
     with pytest.raises(ModelError, match="_orig_mod"):
         sparsify.compile(torch.compile(Attention()))
@@ -197,6 +226,41 @@ def test_a_failing_pass_warns_once_and_compiles_without_it(monkeypatch):
             torch.testing.assert_close(model(x), y)
     assert len(reached) == 2  # both graphs still went to the inner compiler
     assert [str(w.message).count("on purpose") for w in caught if "sparsify" in str(w.message)] == [1]
+
+
+def fail_on_purpose(*args):
+    raise RuntimeError("on purpose\nwith more lines")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first", "warned before"])
+def test_explain_names_the_sites_of_a_failing_pass(monkeypatch, again):
+    model, x = Attention().eval(), torch.randn(2, 40, 16)
+    (fine,) = sparsify.explain(model, x).sites
+    monkeypatch.setattr(backend_module.passes, "run", fail_on_purpose)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if again:
+            sparsify.explain(model, x)
+        (site,) = sparsify.explain(model, x).sites
+    assert site.record.outcome == "refused"
+    assert site.record.why == "the pass failed with RuntimeError: on purpose"
+    assert [site.record.line, site.record.module] == [fine.record.line, fine.record.module]
+
+
+def test_explain_says_that_a_pass_failed_where_no_site_can_be_found(monkeypatch):
+    monkeypatch.setattr(backend_module.passes, "run", fail_on_purpose)
+    monkeypatch.setattr(pipeline, "normalise", fail_on_purpose)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        explained = sparsify.explain(Attention().eval(), torch.randn(2, 40, 16))
+    assert [(site.record.outcome, "on purpose" in str(site)) for site in explained.sites] == [("refused", True)]
+
+
+def test_a_failing_pass_makes_up_no_sites(monkeypatch):
+    monkeypatch.setattr(backend_module.passes, "run", fail_on_purpose)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not sparsify.explain(lambda x: x * 2, torch.randn(2, 40, 16)).sites
 
 
 def test_one_log_line_per_bucket(caplog):

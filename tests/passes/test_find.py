@@ -328,7 +328,17 @@ def times_the_reciprocal_late(q, k, v):
     return (e @ v) * (1 / e.sum(-1))[..., None]
 
 
-FOUND = [times_the_reciprocal, times_the_reciprocal_late, filled_by_index, rows_of_nan_emptied_by_where,
+def sdpa_mapped_over_the_batch(q, k, v):
+    return torch.func.vmap(F.scaled_dot_product_attention)(q, k, v)
+
+
+def sdpa_mapped_with_rows_that_see_nothing(q, k, v):
+    mask = (torch.arange(q.shape[2])[:, None] - 2) >= torch.arange(k.shape[2])
+    return torch.func.vmap(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask))(q, k, v)
+
+
+FOUND = [sdpa_mapped_over_the_batch, sdpa_mapped_with_rows_that_see_nothing,
+         times_the_reciprocal, times_the_reciprocal_late, filled_by_index, rows_of_nan_emptied_by_where,
          divided_by_the_sum_and_a_little, softmax_plus_half, cosine, copied_keys_written_to,
          repeated_keys_written_to, striped, weights_scaled, weights_scaled_by_row, weights_scaled_by_key,
          rows_emptied_after_the_softmax, hidden_twice, rows_of_nan_emptied, softmin, bias_then_temperature,
@@ -351,7 +361,8 @@ def test_attention_is_found_in_any_spelling_and_stays_what_it_was(function):
     assert record.outcome == "exact", record
     assert record.form in ("softmax chain", "exp chain")
     assert record.line.startswith("test_find.py:")
-    assert not {"softmax", "exp"} & {op_name(node) for node in attention.graphs[-1].graph.nodes}, "the scores are gone"
+    left = {op_name(node) for node in attention.graphs[-1].graph.nodes}
+    assert not {"softmax", "_safe_softmax", "exp"} & left, "the scores are gone"
 
 
 def test_every_head_of_a_loop_is_a_site():
@@ -372,6 +383,10 @@ def test_query_chunks_are_sites():
 
 def softmax_over_queries(q, k, v):
     return torch.softmax(q @ k.mT, 2) @ v
+
+
+def safe_softmax_over_queries(q, k, v):
+    return torch.ops.aten._safe_softmax(q @ k.mT, 2) @ v
 
 
 def weights_returned(q, k, v):
@@ -481,6 +496,7 @@ def float64(q, k, v):
 
 @pytest.mark.parametrize(("function", "why"), [
     (softmax_over_queries, "does not sum over what the softmax runs over"),
+    (safe_softmax_over_queries, "does not sum over what the softmax runs over"),
     (weights_returned, "weights are returned"),
     (scores_used_twice, "used elsewhere"),
     (written_behind_the_walk, "used elsewhere"),

@@ -436,6 +436,25 @@ def bias_of_minus_five(q, k, v):
     return (scores(q, k) + mask).softmax(-1) @ v
 
 
+def padding(q, k, v):
+    return (torch.arange(k.shape[2]) < torch.tensor([[5], [k.shape[2]]]),)
+
+
+@exact("bias", extra=padding)
+def truth_added_as_a_number(q, k, v, pad):
+    return (scores(q, k) + pad[:, None, None]).softmax(-1) @ v
+
+
+@exact("bias", extra=padding)
+def truth_of_two_added_as_a_number(q, k, v, pad):
+    return (scores(q, k) + (pad[:, None, None] & ~future(q, k))).softmax(-1) @ v
+
+
+@exact("keys where", extra=padding)
+def truth_subtracted_often_enough_to_hide(q, k, v, pad):
+    return torch.add(scores(q, k), ~pad[:, None, None], alpha=-1000000).softmax(-1) @ v
+
+
 @either(*NOT_LOW)
 def fill_of_zero(q, k, v):
     return scores(q, k).masked_fill(future(q, k), 0.0).softmax(-1) @ v

@@ -52,6 +52,39 @@ def test_a_dense_site_is_sdpa_where_that_can_say_the_mask(length, op):
         aten.scaled_dot_product_attention.default, torch.ops.sparsify.exact_attention.default)] == [op]
 
 
+@pytest.mark.parametrize("bias_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_bias_may_have_another_dtype_than_the_scores(dtype, bias_dtype):
+    def attention(q, k, v, bias):
+        return (q @ k.mT + bias).softmax(-1).to(v.dtype) @ v
+
+    function = rewritten(attention)
+    inputs = (*(x.to(dtype) for x in qkv(9)), torch.randn(9, 9).to(bias_dtype))
+    assert_as_good_as_torch(function.call(*inputs), attention(*inputs), attention(*(x.double() for x in inputs)),
+                            attention_units(*inputs[:2], scale=1.0))
+    assert function.records[0].op == "scaled_dot_product_attention"
+    (sdpa,) = [x for x in function.graphs[-1].graph.nodes if x.target is aten.scaled_dot_product_attention.default]
+    assert sdpa.args[3].meta["val"].dtype == (dtype if bias_dtype == dtype else torch.float32)
+
+
+@pytest.mark.parametrize("attend", [
+    lambda q, k, v: torch.softmax(q @ k.mT * 0.3, -1).to(v.dtype) @ v,
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3),
+], ids=["softmax chain", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16], ids=str)
+@pytest.mark.parametrize("plan", [Plan.dense(), SPARSE], ids=["dense", "sparse"])
+def test_a_cache_in_fewer_bits_is_read_as_it_is_widened(attend, dtype, plan):
+    def attention(q, k, v):
+        return attend(q, k.to(q.dtype), v.to(q.dtype))
+
+    q, k, v = qkv(9)
+    inputs = (q, k.to(dtype), v.to(dtype))
+    function = rewritten(attention, plan)
+    assert_as_good_as_torch(function.call(*inputs), attention(*inputs), attend(*(x.double() for x in inputs)),
+                            attention_units(q, inputs[1].double(), scale=0.3))
+    assert function.records[0].outcome != "refused"
+
+
 def test_the_op_is_told_its_budget_and_place():
     plan = Plan((Bucket(1, None, Budget(0.25, max_density=0.5, sinks=2, local=3, singles=4), {0: Budget.dense()}),))
     function = rewritten(lambda q, k, v: causal_chain(causal_chain(q, k, v), k, v), plan)
@@ -169,6 +202,40 @@ def test_a_key_mask_has_the_rows_of_its_site():
     assert [arguments[6].shape[0] for arguments in function.ops] == [3, 2]
 
 
+def outputs_in_order(first, second, v):
+    out = first @ v
+    return out, second @ v
+
+
+def outputs_in_the_other_order(first, second, v):
+    later = second @ v
+    return first @ v, later
+
+
+def values_of_a_later_site(first, second, v):
+    return first @ (second @ v), v
+
+
+@pytest.mark.parametrize("use", [outputs_in_order, outputs_in_the_other_order, values_of_a_later_site])
+@pytest.mark.parametrize("plan", [Plan.dense(), SPARSE], ids=["dense", "sparse"])
+def test_sites_that_share_a_mask_may_end_in_any_order(use, plan):
+    def attention(q, k, v, pad):
+        hidden = ~pad[:, None, None]
+        first = (q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1)
+        second = (q @ k.mT * 0.3).masked_fill(hidden, -torch.inf).softmax(-1)
+        return use(first, second, v)
+
+    function = rewritten(attention, plan)
+    pad = torch.ones(2, 9, dtype=torch.bool)
+    pad[1, 5:] = False
+    inputs = (*qkv(9), pad)
+    torch.testing.assert_close(function.call(*inputs), attention(*inputs))
+    assert [(record.index, record.outcome == "refused") for record in function.records] == [(0, False), (1, False)]
+    if plan is SPARSE:
+        told = sorted((arguments[-2], arguments[3]) for arguments in function.ops)  # site and scale
+        assert told == [(0, 1.0), (1, pytest.approx(0.3))]
+
+
 @pytest.mark.parametrize("use", [
     lambda out: out,
     lambda out: out.view(out.shape[0], -1),
@@ -196,6 +263,29 @@ def test_the_usual_layout_costs_no_copy():
     function = rewritten(attention)
     function.call(*qkv(9))
     assert targets(function).count(aten.contiguous.default) == 1
+
+
+@pytest.mark.parametrize(("use", "outcome"), [
+    (lambda out: out, "refused"),
+    (lambda out: out @ torch.ones(8, 8), "exact"),  # a matmul cannot tell the strides of its operands
+], ids=["returned", "multiplied"])
+def test_strides_that_depend_on_values_stay_or_the_site_does(use, outcome):
+    def attention(q, k, v, chosen):
+        places = chosen.nonzero()[:, 0]
+        out = torch.softmax(q[:, :, places] @ k[:, :, places].mT, -1) @ v[:, :, places]
+        return use(out), torch.softmax(q @ k.mT, -1) @ v
+
+    function = rewritten(attention)
+    for chosen in (torch.arange(9) % 2, torch.arange(9) % 3):
+        inputs = (*qkv(9), chosen)
+        for got, expected in zip(function.call(*inputs), attention(*inputs), strict=True):
+            torch.testing.assert_close(got, expected)
+            assert got.stride() == expected.stride()
+    assert [record.outcome for record in function.records] == [outcome, "exact"]
+    assert ("depend on values" in function.records[0].why) == (outcome == "refused")
+    left = targets(function)
+    assert left.count(aten.softmax.int) == (outcome == "refused")
+    assert left.count(torch.ops.sparsify.exact_attention.default) == (outcome == "exact")
 
 
 def test_source_lines_stay():
