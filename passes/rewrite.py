@@ -58,7 +58,6 @@ RELAYOUTS = {aten.reshape.default, aten.transpose.int, aten.permute.default, ate
              aten.unsqueeze.default}
 WIDE_IN_AUTOCAST = {"div", "mul", "sum"}
 """Ops that end an attention, and that autocast does not narrow."""
-UNKNOWN_STRIDES = "the strides of its output depend on values of tensors, and a user of the output could tell them"
 
 
 def rewrite_sites(gm: fx.GraphModule, sites: Sequence[ChosenSite | Refused], first_index: int = 0,
@@ -99,11 +98,7 @@ class _Rewriter:
             outcome, why = "kept dense", f"{why}; scaled_dot_product_attention is exact and needs no other mask here"
             op = "scaled_dot_product_attention"
         else:
-            made = self.replace(index, chosen)
-            if made is None:
-                return SiteRecord(index, "refused", site.form, site.origin.line, site.origin.module, UNKNOWN_STRIDES,
-                                  site.output.node.name)
-            op = made
+            op = self.replace(index, chosen)
         budget = str(chosen.budget)
         if chosen.table is not None and len(chosen.table) > 1:
             budget = "; ".join(f"{bucket} {bucket.budget}" for bucket in chosen.table)
@@ -111,8 +106,8 @@ class _Rewriter:
                           str(chosen.mask), str(chosen.bucket), budget, op, depends, *_sizes(site),
                           protection=chosen.protection)
 
-    def replace(self, index: int, chosen: ChosenSite) -> str | None:
-        """Put an op where the site's output was; its name. None where that cannot be: then nothing reads it."""
+    def replace(self, index: int, chosen: ChosenSite) -> str:
+        """Put an op where the site's output was; its name."""
         site, budget, old, at = chosen.site, chosen.budget, chosen.site.output.node, chosen.site.output.node
         layout, graph = site.layout, old.graph
         query = self.operand(site.query, (layout.batch, layout.heads, layout.queries, layout.dim), at)
@@ -159,11 +154,8 @@ class _Rewriter:
                                *_trimmed((budget.peaks or 0.0, 0.0), (shifts, None), (protected, None)))
             new.meta = {**old.meta, "val": new.meta["val"]}
             made = self.gained(site, new, "output")
-        made_as_before = self.as_before(made, site)
-        if made_as_before is None:
-            return None
-        self.replaced[old] = made_as_before
-        old.replace_all_uses_with(made_as_before)
+        self.replaced[old] = self.as_before(made, site)
+        old.replace_all_uses_with(self.replaced[old])
         return op_name(new)
 
     def operand(self, operand: Operand, layout: Dims, at: fx.Node) -> fx.Node:
@@ -207,15 +199,13 @@ class _Rewriter:
                 tensor = _cast(at.graph, emit(at.graph, function, tensor, factor), site.dtype)
         return tensor
 
-    def as_before(self, new: fx.Node, site: AttentionSite) -> fx.Node | None:
-        """The op's output in the layout, dtype and strides of the old one; None where its strides are not known."""
+    def as_before(self, new: fx.Node, site: AttentionSite) -> fx.Node:
+        """The op's output in the layout, dtype and strides of the old one."""
         old, layout, graph = site.output.node, site.layout, site.output.node.graph
         made = rearrange(new, (layout.batch, layout.heads, layout.queries, layout.value_dim), site.output.dims, old)
         with graph.inserting_before(old):
             made = _cast(graph, made, value(old).dtype)
             if not _same_strides(made, old) and _strides_matter(old):
-                if free_unbacked_symbols(value(old).stride()):
-                    return None
                 made = _with_strides_of(graph, made, old)
         made.meta = {**old.meta, "val": made.meta["val"]}
         return made

@@ -265,29 +265,6 @@ def test_the_usual_layout_costs_no_copy():
     assert targets(function).count(aten.contiguous.default) == 1
 
 
-@pytest.mark.parametrize(("use", "outcome"), [
-    (lambda out: out, "refused"),
-    (lambda out: out @ torch.ones(8, 8), "exact"),  # a matmul cannot tell the strides of its operands
-], ids=["returned", "multiplied"])
-def test_strides_that_depend_on_values_stay_or_the_site_does(use, outcome):
-    def attention(q, k, v, chosen):
-        places = chosen.nonzero()[:, 0]
-        out = torch.softmax(q[:, :, places] @ k[:, :, places].mT, -1) @ v[:, :, places]
-        return use(out), torch.softmax(q @ k.mT, -1) @ v
-
-    function = rewritten(attention)
-    for chosen in (torch.arange(9) % 2, torch.arange(9) % 3):
-        inputs = (*qkv(9), chosen)
-        for got, expected in zip(function.call(*inputs), attention(*inputs), strict=True):
-            torch.testing.assert_close(got, expected)
-            assert got.stride() == expected.stride()
-    assert [record.outcome for record in function.records] == [outcome, "exact"]
-    assert ("depend on values" in function.records[0].why) == (outcome == "refused")
-    left = targets(function)
-    assert left.count(aten.softmax.int) == (outcome == "refused")
-    assert left.count(torch.ops.sparsify.exact_attention.default) == (outcome == "exact")
-
-
 def test_source_lines_stay():
     function = rewritten(causal_chain)
     function.call(*qkv(9))
