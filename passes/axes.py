@@ -55,6 +55,8 @@ COPIES = {"contiguous", "clone", "alias", "lift_fresh", "lift_fresh_copy", "deta
 CASTS = {"to", "_to_copy", "type_as"}
 DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 """What attention may run in: what the ops take."""
+PRECISE = DTYPES | {torch.float64}
+"""What scores and weights may be cast to on the way. Anything else (float8, whole numbers) is quantisation."""
 VIEWS = RESHAPES | PERMUTATIONS | EXPANSIONS | COPIES | CASTS
 
 
@@ -222,6 +224,8 @@ def _repetition_up(source: fx.Node, dims: Dims, repeats: Sequence[Any]) -> tuple
 def view_down(user: fx.Node, dims: Dims) -> Dims | None:
     """The dims of `user`, which shows a tensor with these dims in another layout; None at any other op."""
     name = op_name(user)
+    if name in CASTS and value(user).dtype not in PRECISE:
+        return None
     if name in COPIES or name in CASTS or is_inert_dropout(user):
         return dims
     if name in RESHAPES:

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from sparsify.passes.anchors import Anchor, readers_of
 from sparsify.passes.axes import (
     CASTS,
+    PRECISE,
     Axis,
     Dims,
     base_name,
@@ -108,6 +109,8 @@ class Walker:
                 continue
             name = base_name(node)
             if name in CASTS:
+                if value(node).dtype not in PRECISE:
+                    raise Stop(node, f"the scores are cast to {value(node).dtype}")
                 user, node = node, argument(node)
                 continue
             if name in ("cat", "pad", "constant_pad_nd"):

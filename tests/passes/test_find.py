@@ -494,6 +494,24 @@ def float64(q, k, v):
     return torch.softmax(q.double() @ k.double().mT, -1) @ v.double()
 
 
+def scores_in_eight_bits(q, k, v):
+    return (q @ k.mT).to(torch.float8_e4m3fn).float().softmax(-1) @ v
+
+
+def scores_as_whole_numbers(q, k, v):
+    return (q @ k.mT).to(torch.int8).float().softmax(-1) @ v
+
+
+def weights_in_eight_bits(q, k, v):
+    return (q @ k.mT).softmax(-1).to(torch.float8_e4m3fn).float() @ v
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16, torch.float64])
+def test_scores_may_be_cast_between_what_attention_runs_in(narrow):
+    site, = find(lambda q, k, v: (q @ k.mT).to(narrow).float().softmax(-1).to(narrow).float() @ v, *qkv(9))
+    assert isinstance(site, AttentionSite)
+
+
 @pytest.mark.parametrize(("function", "why"), [
     (softmax_over_queries, "does not sum over what the softmax runs over"),
     (safe_softmax_over_queries, "does not sum over what the softmax runs over"),
@@ -518,6 +536,9 @@ def float64(q, k, v):
     (routing, "share their keys"),
     (two_scores_side_by_side, "side by side"),
     (float64, "float64"),
+    (scores_in_eight_bits, "the scores are cast to torch.float8_e4m3fn"),
+    (scores_as_whole_numbers, "the scores are cast to torch.int8"),
+    (weights_in_eight_bits, "stands between the softmax and the values"),
 ])
 def test_near_misses_are_refused_with_the_reason(function, why):
     (site,) = find(function, *qkv(9))
