@@ -17,7 +17,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min, PythonMod
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import OptimizedPythonReferenceAnalysis
 
-from sparsify.passes.graph import aten, emit, expression, is_tensor, same, shape, value
+from sparsify.passes.graph import aten, emit, expression, is_tensor, may_guard, same, shape, value
 from sparsify.passes.reader import is_boolean
 from sparsify.passes.site import BATCH, HEAD, KEY, QUERY
 
@@ -170,7 +170,8 @@ class _Writer:
         for dim in reversed(range(len(expr.args))):
             position = expr.args[dim]
             if position == BATCH:
-                if not same(shape(node)[dim], self.batch):  # the user took the first rows of it
+                # The user took the first rows of it. Not in an exported graph: it would narrow what the batch may be.
+                if may_guard() and not same(shape(node)[dim], self.batch):
                     rows = size_node(expression(self.batch), self.at)
                     node = emit(self.graph, aten.slice.Tensor, node, dim, 0, rows)
                 continue

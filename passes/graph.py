@@ -82,11 +82,16 @@ def without_guards() -> Iterator[None]:
         _MAY_GUARD.reset(token)
 
 
+def may_guard() -> bool:
+    """Whether a guard would be checked."""
+    return _MAY_GUARD.get()
+
+
 def agree(a: Any, b: Any) -> bool:
     """Whether two sizes are equal; sizes that happen to be equal are held to it by a guard."""
     if same(a, b):
         return True
-    return _MAY_GUARD.get() and not (free_unbacked_symbols(a) or free_unbacked_symbols(b)) and bool(a == b)
+    return may_guard() and not (free_unbacked_symbols(a) or free_unbacked_symbols(b)) and bool(a == b)
 
 
 def same_shape(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
